@@ -1,0 +1,133 @@
+// Operands brought into the order that the tiles read: words across, so that one load serves a step.
+// Included by each tier's source, inside its anonymous namespace, after tiles.h.
+
+template <class A> struct Pack {
+    typedef typename A::Input Input;
+    typedef typename A::Number T;
+    typedef typename A::Word Word;
+    typedef typename A::Weight Weight;
+    typedef Real<T> R;
+    typedef typename R::V V;
+    typedef Words<Word> W;
+    typedef Tiles<A> Tile;
+    static constexpr int LANES = Tile::LANES, UNIT = Tile::UNIT;
+
+    // The keys or values of one head.
+    struct Matrix {
+        const Input *data;
+        int64_t row_stride, column_stride, length, width;
+
+        Matrix(const char *tensor, const int64_t *stride, int64_t batch_index, int64_t head, int64_t length,
+               int64_t width)
+            : data(reinterpret_cast<const Input *>(tensor) + batch_index * stride[0] + head * stride[1]),
+              row_stride(stride[2]), column_stride(stride[3]), length(length), width(width) {}
+        const Input *row(int64_t index) const { return data + index * row_stride; }
+    };
+
+    // Words of one row: whole vectors while they last, then one word at a time.
+    static INLINE Word word_at(const Input *row, int64_t stride, int64_t step, int64_t length) {
+        const Input first = row[step * A::PER_WORD * stride];
+        if (A::PER_WORD == 1) return A::word(first, first);
+        const bool both = step * A::PER_WORD + 1 < length;
+        return A::word(first, both ? row[(step * A::PER_WORD + 1) * stride] : Input{});
+    }
+
+    // Rows of words become columns: target[step * target_stride + r] = word `step` of row r, for `count`
+    // rows (at most LANES), zero for the rest of LANES. Ascending steps: what one step writes past its own
+    // columns the next overwrites.
+    static void columns(const Input *const *row, int count, int64_t stride, int64_t length, int64_t steps, Word *target,
+                        int64_t target_stride, bool negate) {
+        int64_t step = 0;
+        if (stride == 1) {
+            for (; (step + LANES) * A::PER_WORD <= length; step += LANES) {
+                typename W::V square[LANES];
+#pragma GCC unroll 16
+                for (int r = 0; r < LANES; ++r)
+                    square[r] = r < count ? A::words(row[r] + step * A::PER_WORD) : typename W::V{};
+                W::transpose(square);
+#pragma GCC unroll 16
+                for (int s = 0; s < LANES; ++s) W::store(target + (step + s) * target_stride, square[s]);
+            }
+        }
+        for (; step < steps; ++step)
+            for (int r = 0; r < LANES; ++r)
+                target[step * target_stride + r] = r < count ? word_at(row[r], stride, step, length) : A::zero();
+        if (negate)
+            for (step = 0; step < steps; ++step)
+                for (int r = 0; r < count; ++r)
+                    target[step * target_stride + r] = A::negate(target[step * target_stride + r]);
+    }
+
+    // Half of the next unit's rows, which the next pack will want; addresses past the end are harmless.
+    static INLINE void prefetch_rows(const Input *row, int64_t stride, int64_t width) {
+        for (int r = 0; r < LANES; ++r, row += stride)
+            for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(Input))) __builtin_prefetch(row + d, 0, 2);
+    }
+
+    // Columns of one unit of keys: target[step * UNIT + key].
+    static NOINLINE void keys(const Matrix &keys, int64_t first_key, int64_t steps, Word *target) {
+        const Input *row[LANES];
+        for (int half = 0; half < 2; ++half, first_key += LANES, target += LANES) {
+            const int64_t left = keys.length - first_key;
+            const int count = int(left < 0 ? 0 : left < LANES ? left : LANES);
+            for (int r = 0; r < count; ++r) row[r] = keys.row(first_key + r);
+            if (count > 0) prefetch_rows(row[0] + UNIT * keys.row_stride, keys.row_stride, keys.width);
+            columns(row, count, keys.column_stride, keys.width, steps, target, UNIT, false);
+        }
+    }
+
+    // Copies the values of one unit, zero past the last key and the last column; says whether all of them
+    // are finite.
+    static NOINLINE bool values(const Matrix &values, int64_t first_key, Word *target, int64_t value_stride) {
+        const int64_t stride = values.column_stride, width = values.width;
+        V suspect = {}; // NaN as soon as a value is not finite: x * 0 is
+        for (int k = 0; k < UNIT; k += A::PER_WORD, target += value_stride) {
+            const int64_t key = first_key + k;
+            if (key >= values.length) {
+                for (int64_t d = 0; d < value_stride; ++d) target[d] = A::zero();
+                continue;
+            }
+            const Input *row = values.row(key);
+            if (k % LANES == 0) prefetch_rows(row + UNIT * values.row_stride, values.row_stride, width);
+            const Input *next = key + 1 < values.length ? row + values.row_stride : nullptr;
+            int64_t d = 0;
+            if (stride == 1) {
+                for (; d + LANES <= width; d += LANES) {
+                    const V first = widen(row + d);
+                    suspect += first * R::set1(0);
+                    if constexpr (A::PER_WORD == 1) {
+                        W::store(target + d, first);
+                    } else {
+                        typedef typename W::V Bits;
+                        const V second = next ? widen(next + d) : V{};
+                        suspect += second * R::set1(0);
+                        W::store(target + d, (Bits)first >> 16 | (Bits)second);
+                    }
+                }
+            }
+            for (; d < width; ++d) {
+                const Input first = row[d * stride], second = next ? next[d * stride] : Input{};
+                target[d] = A::word(first, second);
+                suspect[0] += widen1(first) * 0 + (A::PER_WORD == 2 ? widen1(second) * 0 : 0);
+            }
+            for (; d < value_stride; ++d) target[d] = A::zero();
+        }
+        T sum = 0;
+        for (int lane = 0; lane < LANES; ++lane) sum += suspect[lane];
+        return sum == 0;
+    }
+
+    // A copy of a unit's values in which the keys that no row of the tile uses are zero: a weight of zero
+    // does not silence a NaN.
+    static NOINLINE void clean(const Word *source, const uint64_t *used, int unit_index, int64_t value_stride,
+                               Word *target) {
+        for (int k = 0; k < UNIT; k += A::PER_WORD, source += value_stride, target += value_stride) {
+            const int key = unit_index * UNIT + k;
+            const bool first = used[key / 64] >> (key % 64) & 1, second = used[(key + 1) / 64] >> ((key + 1) % 64) & 1;
+            for (int64_t d = 0; d < value_stride; ++d) {
+                if constexpr (A::PER_WORD == 1) target[d] = first ? source[d] : A::zero();
+                else target[d] = source[d] & ((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0));
+            }
+        }
+    }
+};

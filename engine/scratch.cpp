@@ -1,0 +1,86 @@
+#include "scratch.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "heedful.h"
+
+namespace heedful {
+namespace {
+
+struct Block {
+    char *data;
+    size_t bytes;
+};
+
+// Never destroyed: a thread that ends after main may still give a block back.
+struct Pool {
+    std::mutex mutex;
+    std::vector<Block> idle;
+};
+
+Pool &pool() {
+    static Pool *const instance = new Pool;
+    return *instance;
+}
+
+// More idle blocks than this are freed: as many as threads that one call is likely to use.
+constexpr size_t MAX_IDLE = 64;
+
+} // namespace
+
+ScratchBlock::ScratchBlock(size_t bytes) : data_(nullptr), bytes_((bytes + 4095) / 4096 * 4096) {
+    {
+        std::lock_guard<std::mutex> lock(pool().mutex);
+        std::vector<Block> &idle = pool().idle;
+        // The smallest that fits, and none that would waste three quarters of itself.
+        auto best = idle.end();
+        for (auto block = idle.begin(); block != idle.end(); ++block)
+            if (block->bytes >= bytes_ && block->bytes / 4 <= bytes_ &&
+                (best == idle.end() || block->bytes < best->bytes))
+                best = block;
+        if (best != idle.end()) {
+            data_ = best->data;
+            bytes_ = best->bytes;
+            idle.erase(best);
+        }
+    }
+    if (!data_) data_ = static_cast<char *>(std::aligned_alloc(4096, bytes_));
+    if (!data_) throw std::bad_alloc();
+}
+
+ScratchBlock::~ScratchBlock() {
+    Block evicted = {nullptr, 0};
+    {
+        std::lock_guard<std::mutex> lock(pool().mutex);
+        std::vector<Block> &idle = pool().idle;
+        if (idle.size() >= MAX_IDLE) {
+            evicted = idle.front();
+            idle.erase(idle.begin());
+        }
+        idle.reserve(MAX_IDLE);
+        idle.push_back({data_, bytes_});
+    }
+    std::free(evicted.data);
+}
+
+} // namespace heedful
+
+extern "C" int64_t heedful_clear_caches(void) {
+    using namespace heedful;
+    std::vector<Block> idle;
+    {
+        std::lock_guard<std::mutex> lock(pool().mutex);
+        idle.swap(pool().idle);
+    }
+    int64_t bytes = 0;
+    for (const Block &block : idle) {
+        bytes += block.bytes;
+        std::free(block.data);
+    }
+    return bytes;
+}
