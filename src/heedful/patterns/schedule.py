@@ -1,0 +1,410 @@
+"""Schedules: which (query, key) pairs count, as a few integers that do not depend on lengths.
+
+A `Schedule` is a union of atoms, and an atom is a conjunction of terms. A pair (i, j) counts where every
+term of some atom holds. Whatever depends on the call is referred to, not stored: the call's lengths by the
+symbol `END`, tensors by their slot in the list of operands that travels beside the schedule.
+
+Bounds
+    A number in a term is a bound, four integers `const symbol sign frame`: its value is const + sign * S.
+
+    symbol  NONE (-1)   S is 0
+            END (-2)    S is k_length - q_length, in a frame that of the document
+            n >= 0      S is operand n at the batch item, or its only element (INT32, B or 1 elements)
+    frame   NONE (-1)   the term speaks of the call's i and j
+            f >= 0      it speaks of i - cu_q[t] and j - cu_k[t], where cu_q is operand f, cu_k is operand
+                        f + 1 (INT32, one more than there are documents) and t is the document of the pair;
+                        the atom then has the term DOCUMENTS f
+
+Terms, each a run of integers that starts with its kind
+    0 BOUND      axis side, bound     the query i (axis 0), the key j (1) or the diagonal j - i (2) is at
+                                      least (side 0) or at most (side 1) the bound
+    1 STEP       step, bound          step divides j - i - bound
+    2 CHUNK      size, bound          (i + bound) // size == j // size, rounding down
+    3 DOCUMENTS  f                    some t has cu_q[t] <= i < cu_q[t+1] and cu_k[t] <= j < cu_k[t+1];
+                                      it splits the atom into one per document
+    4 BLOCKS     size slot            operand[b, h, i // size, j // size] (BOOL; B or 1, H or 1, blocks of
+                                      queries, blocks of keys)
+    5 MASK       slot                 operand[b, h, i, j] (BOOL, each of the four sizes may be 1)
+
+Code
+    The number of atoms; then for each atom the number of its terms, then the terms. The schedule of every
+    pair is the empty code, the schedule of no pair is (0,).
+
+The order of the terms of an atom has no meaning; here they are sorted, so that equal conjunctions have equal
+codes. Along one axis and one symbolic part an atom has at most one lower and one upper bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NONE, END = -1, -2
+QUERY, KEY, DIAGONAL = 0, 1, 2
+LOWER, UPPER = 0, 1
+BOUND, STEP, CHUNK, DOCUMENTS, BLOCKS, MASK = range(6)
+
+# How many plain integers follow each kind, before its bound or its slot.
+_NUMBERS = {BOUND: 2, STEP: 1, CHUNK: 1, DOCUMENTS: 0, BLOCKS: 1, MASK: 0}
+
+# More than twice any j - i - bound, so that at most one number of a residue class of this step comes into reach.
+_LARGEST_STEP = 2**33
+
+# Elements that counting pairs may hold in memory at once, and atoms up to which it counts progressions by
+# inclusion and exclusion.
+_COUNTED_AT_ONCE = 1 << 22
+_PROGRESSIONS = 6
+
+
+class Bound(NamedTuple):
+    """The number const + sign * S, S being what `symbol` stands for in the call; see the module."""
+
+    const: int
+    symbol: int = NONE
+    sign: int = 1
+    frame: int = NONE
+
+    @classmethod
+    def of(cls, value: int | Tensor | None, slot: int = 0) -> Bound:
+        """An argument as a bound: an int is itself, a tensor is operand `slot`, None is k_length - q_length."""
+        if value is None:
+            return cls(0, END)
+        return cls(0, slot) if isinstance(value, Tensor) else cls(value)
+
+    def plus(self, number: int) -> Bound:
+        return Bound(self.const + number, self.symbol, self.sign, self.frame)
+
+    def negative(self) -> Bound:
+        return Bound(-self.const, self.symbol, 1 if self.symbol == NONE else -self.sign, self.frame)
+
+    def shifted(self, slots: int) -> Bound:
+        return Bound(self.const, _shifted(self.symbol, slots), self.sign, _shifted(self.frame, slots))
+
+
+class Term(NamedTuple):
+    """One condition on a pair; `at_least` and the functions below it make them."""
+
+    kind: int
+    numbers: tuple[int, ...]
+    bound: Bound | None = None
+    slot: int = NONE
+
+    def shifted(self, slots: int) -> Term:
+        bound = self.bound.shifted(slots) if self.bound is not None else None
+        return Term(self.kind, self.numbers, bound, _shifted(self.slot, slots))
+
+    def encode(self) -> tuple[int, ...]:
+        return (self.kind, *self.numbers, *(self.bound if self.bound is not None else (self.slot,)))
+
+
+Atom = tuple[Term, ...]
+
+
+def at_least(axis: int, bound: Bound) -> Term:
+    return Term(BOUND, (axis, LOWER), bound)
+
+
+def at_most(axis: int, bound: Bound) -> Term:
+    return Term(BOUND, (axis, UPPER), bound)
+
+
+def every(step: int, bound: Bound) -> Term:
+    return Term(STEP, (step,), bound)
+
+
+def same_chunk(size: int, bound: Bound) -> Term:
+    return Term(CHUNK, (size,), bound)
+
+
+def same_document(slot: int) -> Term:
+    return Term(DOCUMENTS, (), None, slot)
+
+
+def in_blocks(size: int, slot: int) -> Term:
+    return Term(BLOCKS, (size,), None, slot)
+
+
+def in_mask(slot: int) -> Term:
+    return Term(MASK, (), None, slot)
+
+
+def _shifted(slot: int, slots: int) -> int:
+    return slot + slots if slot >= 0 else slot
+
+
+def conjunction(terms: Iterable[Term]) -> Atom | None:
+    """The terms as an atom: bounds and steps of the same kind merged, the rest sorted; None if none can hold."""
+    limits: dict[tuple[int, ...], int] = {}
+    steps: dict[tuple[int, ...], tuple[int, int]] = {}
+    atom: set[Term] = set()
+    for term in terms:
+        if term.kind == BOUND and term.bound is not None:
+            const, *symbolic = term.bound
+            limit = (*term.numbers, *symbolic)
+            closest = max if term.numbers[1] == LOWER else min
+            limits[limit] = closest(const, limits.get(limit, const))
+        elif term.kind == STEP and term.bound is not None:
+            const, *symbolic = term.bound
+            residue, step = steps.get(tuple(symbolic), (0, 1))
+            common = math.gcd(step, term.numbers[0])
+            if (const - residue) % common:
+                return None
+            other = term.numbers[0] // common
+            residue += (const - residue) // common * pow(step // common, -1, other) % other * step
+            step *= other
+            residue %= step
+            if step > _LARGEST_STEP:
+                nearest = min(residue, residue - step, key=abs)
+                if abs(nearest) > _LARGEST_STEP // 2:
+                    return None
+                residue, step = nearest % _LARGEST_STEP, _LARGEST_STEP
+            steps[tuple(symbolic)] = (residue, step)
+        else:
+            atom.add(term)
+    for (axis, side, symbol, sign, frame), const in limits.items():
+        # Positions start at 0, in a document too.
+        position = axis != DIAGONAL and symbol == NONE
+        if side == LOWER and position and const <= 0:
+            continue
+        lower = limits.get((axis, LOWER, symbol, sign, frame), const)
+        if side == UPPER and (lower > const or (position and const < 0)):
+            return None
+        atom.add(Term(BOUND, (axis, side), Bound(const, symbol, sign, frame)))
+    for (symbol, sign, frame), (residue, step) in steps.items():
+        if step > 1:
+            atom.add(Term(STEP, (step,), Bound(residue, symbol, sign, frame)))
+    return tuple(sorted(atom))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A union of atoms over `slots` operands; hashable, and the same whatever the lengths.
+
+    `&` and `|` number the right side's operands after the left side's.
+    """
+
+    atoms: tuple[Atom, ...]
+    slots: int = 0
+
+    @classmethod
+    def of(cls, conjunctions: Iterable[Iterable[Term]], slots: int = 0) -> Schedule:
+        """The union of conjunctions of terms, simplified: duplicates and what cannot hold dropped."""
+        atoms: dict[Atom, None] = {}
+        for terms in conjunctions:
+            atom = conjunction(terms)
+            if atom == ():
+                return cls((atom,), slots)
+            if atom is not None:
+                atoms[atom] = None
+        return cls(tuple(atoms), slots)
+
+    def __and__(self, other: Schedule) -> Schedule:
+        right = other.shifted(self.slots)
+        return Schedule.of((a + b for a in self.atoms for b in right.atoms), right.slots)
+
+    def __or__(self, other: Schedule) -> Schedule:
+        right = other.shifted(self.slots)
+        return Schedule.of(self.atoms + right.atoms, right.slots)
+
+    def shifted(self, slots: int) -> Schedule:
+        """The same schedule with its operands behind `slots` others."""
+        atoms = tuple(tuple(term.shifted(slots) for term in atom) for atom in self.atoms)
+        return Schedule(atoms, self.slots + slots)
+
+    def in_documents(self) -> Schedule:
+        """The schedule inside each document of operands 0 and 1 (cu_q, cu_k), its own operands after these."""
+        atoms: list[Atom] = []
+        for atom in self.shifted(2).atoms:
+            framed = tuple(t._replace(bound=t.bound._replace(frame=0)) if t.bound is not None else t for t in atom)
+            atoms.append((same_document(0), *framed))
+        return Schedule.of(atoms, self.slots + 2)
+
+    def encode(self) -> tuple[int, ...]:
+        """The code that the module describes."""
+        if self.atoms == ((),):
+            return ()
+        code = [len(self.atoms)]
+        for atom in self.atoms:
+            code.append(len(atom))
+            for term in atom:
+                code.extend(term.encode())
+        return tuple(code)
+
+    @classmethod
+    def decode(cls, code: Sequence[int], slots: int = 0) -> Schedule:
+        """The schedule that a code stands for."""
+        numbers = iter(code or (1, 0))
+        atoms = tuple(tuple(_decode_term(numbers) for _ in range(next(numbers))) for _ in range(next(numbers)))
+        return cls(atoms, slots)
+
+    def mask(self, q_length: int, k_length: int, operands: Sequence[Tensor], batch: int = 1, heads: int = 1) -> Tensor:
+        """The pairs that count, bool (batch, heads, q_length, k_length), read from the code as a kernel reads it."""
+        rows = _Rows(0, q_length, q_length, k_length, operands)
+        return rows.mask(Schedule.decode(self.encode()).atoms).expand(batch, heads, -1, -1)
+
+    def rows(self, start: int, stop: int, q_length: int, k_length: int, operands: Sequence[Tensor]) -> Tensor:
+        """Rows start to stop of the mask, for what its operands tell apart: bool (B or 1, H or 1, rows, k_length)."""
+        return _Rows(start, stop, q_length, k_length, operands).mask(self.atoms)
+
+    def density(self, q_length: int, k_length: int, operands: Sequence[Tensor]) -> float:
+        """The share of pairs that count, over all batch items and heads of the operands; 0.0 where there are no pairs.
+
+        Exact. Where each row of an atom is an interval of keys, or a progression and the atoms are few, time and
+        memory follow the number of rows; otherwise the mask is expanded a few rows at a time.
+        """
+        shapes = [torch.Size((1, 1))]
+        for term in itertools.chain(*self.atoms):
+            if term.kind in (BLOCKS, MASK):
+                shapes.append(operands[term.slot].shape[:2])
+            elif term.bound is not None and term.bound.symbol >= 0:
+                shapes.append(torch.Size((operands[term.bound.symbol].numel(), 1)))
+        batch, heads = torch.broadcast_shapes(*shapes)
+        unions = self._countable()
+        width = k_length if unions is None else len(self.atoms)
+        step = max(1, _COUNTED_AT_ONCE // max(1, batch * heads * width))
+        counted = 0
+        for start in range(0, q_length, step):
+            rows = _Rows(start, min(start + step, q_length), q_length, k_length, operands)
+            if unions is None:
+                counted += int(rows.mask(self.atoms).expand(batch, heads, -1, -1).sum())
+            else:
+                counted += heads * sum(sign * int(rows.counts(atoms, batch).sum()) for sign, atoms in unions)
+        pairs = batch * heads * q_length * k_length
+        return counted / pairs if pairs else 0.0
+
+    def _countable(self) -> list[tuple[int, tuple[Atom, ...]]] | None:
+        """Unions of atoms whose counts, with these signs, add up to the schedule's; None if rows do not count them."""
+        kinds = {term.kind for term in itertools.chain(*self.atoms)}
+        if kinds & {BLOCKS, MASK} or (STEP in kinds and len(self.atoms) > _PROGRESSIONS):
+            return None
+        if STEP not in kinds:
+            return [(1, self.atoms)] if self.atoms else []
+        unions: list[tuple[int, tuple[Atom, ...]]] = []
+        for size in range(1, len(self.atoms) + 1):
+            for atoms in itertools.combinations(self.atoms, size):
+                atom = conjunction(itertools.chain(*atoms))
+                if atom is not None:
+                    if sum(term.kind == STEP for term in atom) > 1:
+                        return None
+                    unions.append((1 if size % 2 else -1, (atom,)))
+        return unions
+
+
+def _decode_term(code: Iterator[int]) -> Term:
+    kind = next(code)
+    numbers = tuple(itertools.islice(code, _NUMBERS[kind]))
+    if kind in (DOCUMENTS, BLOCKS, MASK):
+        return Term(kind, numbers, None, next(code))
+    return Term(kind, numbers, Bound(*itertools.islice(code, 4)))
+
+
+class _Rows:
+    """Rows start to stop of a call: i is (1, 1, rows, 1), j is (1, 1, 1, k_length)."""
+
+    def __init__(self, start: int, stop: int, q_length: int, k_length: int, operands: Sequence[Tensor]) -> None:
+        self.device = operands[0].device if operands else torch.device("cpu")
+        self.start, self.stop, self.q_length, self.k_length, self.operands = start, stop, q_length, k_length, operands
+        self.i = torch.arange(start, stop, device=self.device).view(1, 1, -1, 1)
+        self.j = torch.arange(k_length, device=self.device).view(1, 1, 1, -1)
+
+    def document(self, frame: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """First query, first key, queries and keys of each row's document; past the last one it has neither."""
+        cu_q, cu_k = (torch.cat([cu, cu[-1:]]).long() for cu in self.operands[frame : frame + 2])
+        t = torch.searchsorted(cu_q[1:-1].contiguous(), self.i, right=True)
+        return cu_q[t], cu_k[t], cu_q[t + 1] - cu_q[t], cu_k[t + 1] - cu_k[t]
+
+    def place(self, bound: Bound) -> tuple[Tensor, Tensor, Tensor]:
+        """The query and the first key of the bound's frame, and the bound's value there."""
+        first_query, first_key, queries, keys = (
+            torch.full((1, 1, 1, 1), length, device=self.device) for length in (0, 0, self.q_length, self.k_length)
+        )
+        if bound.frame != NONE:
+            first_query, first_key, queries, keys = self.document(bound.frame)
+        symbol = torch.zeros_like(keys)
+        if bound.symbol == END:
+            symbol = keys - queries
+        elif bound.symbol != NONE:
+            symbol = self.operands[bound.symbol].long().view(-1, 1, 1, 1)
+        return self.i - first_query, first_key, bound.const + bound.sign * symbol
+
+    def mask(self, atoms: Iterable[Atom]) -> Tensor:
+        """The pairs of a union of atoms: bool (B or 1, H or 1, rows, k_length)."""
+        nothing = torch.zeros((1, 1, self.stop - self.start, self.k_length), dtype=torch.bool, device=self.device)
+        pairs = nothing
+        for atom in atoms:
+            pairs = pairs | functools.reduce(operator.and_, map(self.holds, atom), ~nothing)
+        return pairs
+
+    def holds(self, term: Term) -> Tensor:
+        """Where a term holds: bool, broadcastable to (B, H, rows, k_length)."""
+        if term.kind == DOCUMENTS:
+            _, first_key, _, keys = self.document(term.slot)
+            return (self.j >= first_key) & (self.j < first_key + keys)
+        if term.kind == BLOCKS:
+            size = term.numbers[0]
+            return self.operands[term.slot][:, :, self.i.flatten() // size][..., self.j.flatten() // size]
+        if term.kind == MASK:
+            mask = self.operands[term.slot]
+            return mask if mask.shape[2] == 1 else mask[:, :, self.start : self.stop]
+        assert term.bound is not None
+        i, first_key, value = self.place(term.bound)
+        j = self.j - first_key
+        if term.kind == STEP:
+            return (j - i - value) % term.numbers[0] == 0
+        if term.kind == CHUNK:
+            return (i + value) // term.numbers[0] == j // term.numbers[0]
+        axis, side = term.numbers
+        position = (i, j, j - i)[axis]
+        return position >= value if side == LOWER else position <= value
+
+    def counts(self, atoms: Sequence[Atom], batch: int) -> Tensor:
+        """How many keys of each row a union of atoms holds: (batch, rows). An atom with a step is alone in it."""
+        rows = (batch, 1, self.stop - self.start, 1)
+        lows, highs, steps, residues = zip(*map(self.progression, atoms), strict=True)
+        low = torch.cat([low.expand(rows) for low in lows], dim=-1)
+        high = torch.cat([high.expand(rows) for high in highs], dim=-1)
+        if steps[0] > 1:
+            count: Tensor = (high - residues[0]) // steps[0] - (low - 1 - residues[0]) // steps[0]
+            return count.clamp(min=0)[:, 0, :, 0]
+        low, order = low.sort(dim=-1)
+        high = high.gather(-1, order)
+        reached = high.cummax(dim=-1).values.roll(1, dims=-1)
+        reached[..., 0] = -1
+        keys: Tensor = (high - torch.maximum(low, reached + 1) + 1).clamp(min=0)
+        return keys.sum(dim=-1)[:, 0]
+
+    def progression(self, atom: Atom) -> tuple[Tensor, Tensor, int, Tensor]:
+        """The keys of an atom's rows: low <= j <= high where the step divides j - residue."""
+        low, step, residue = torch.zeros_like(self.i), 1, torch.zeros_like(self.i)
+        high = low + self.k_length - 1
+        for term in atom:
+            if term.kind == DOCUMENTS:
+                _, first_key, _, keys = self.document(term.slot)
+                low, high = torch.maximum(low, first_key), torch.minimum(high, first_key + keys - 1)
+                continue
+            assert term.bound is not None
+            i, first_key, value = self.place(term.bound)
+            if term.kind == STEP:
+                step, residue = term.numbers[0], i + value + first_key
+            elif term.kind == CHUNK:
+                first_of_chunk = (i + value) // term.numbers[0] * term.numbers[0] + first_key
+                low = torch.maximum(low, first_of_chunk)
+                high = torch.minimum(high, first_of_chunk + term.numbers[0] - 1)
+            elif term.numbers[0] == QUERY:
+                inside = i >= value if term.numbers[1] == LOWER else i <= value
+                high = torch.where(inside, high, -1)
+            else:
+                end = value + first_key + (i if term.numbers[0] == DIAGONAL else 0)
+                if term.numbers[1] == LOWER:
+                    low = torch.maximum(low, end)
+                else:
+                    high = torch.minimum(high, end)
+        return low, high, step, residue
