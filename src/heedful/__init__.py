@@ -1,0 +1,95 @@
+"""heedful: exact attention that works only for the keys that a model attends to.
+
+`heedful.attention` is the way in, `heedful.explain` says what it would run and why. Everything is loaded
+on first use, so that importing heedful costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attention": "api",
+    "explain": "api",
+    "list_backends": "api",
+    "clear_caches": "api",
+    "Attention": "problem",
+    "Explanation": "explanation",
+    "UnsupportedError": "errors",
+    "Pattern": "patterns",
+    "Full": "patterns",
+    "Causal": "patterns",
+    "SlidingWindow": "patterns",
+    "Dilated": "patterns",
+    "Chunked": "patterns",
+    "Prefix": "patterns",
+    "Global": "patterns",
+    "Longformer": "patterns",
+    "BigBird": "patterns",
+    "BlockSparse": "patterns",
+    "Documents": "patterns",
+    "Padding": "patterns",
+    "Mask": "patterns",
+}
+
+__all__ = [
+    "Attention",
+    "BigBird",
+    "BlockSparse",
+    "Causal",
+    "Chunked",
+    "Dilated",
+    "Documents",
+    "Explanation",
+    "Full",
+    "Global",
+    "Longformer",
+    "Mask",
+    "Padding",
+    "Pattern",
+    "Prefix",
+    "SlidingWindow",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "clear_caches",
+    "explain",
+    "list_backends",
+]
+
+if TYPE_CHECKING:
+    from heedful.api import attention, clear_caches, explain, list_backends
+    from heedful.errors import UnsupportedError
+    from heedful.explanation import Explanation
+    from heedful.patterns import (
+        BigBird,
+        BlockSparse,
+        Causal,
+        Chunked,
+        Dilated,
+        Documents,
+        Full,
+        Global,
+        Longformer,
+        Mask,
+        Padding,
+        Pattern,
+        Prefix,
+        SlidingWindow,
+    )
+    from heedful.problem import Attention
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'heedful' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"heedful.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,284 @@
+"""The front door: `attention`, `explain`, `list_backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Literal, NamedTuple, Unpack, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from heedful.arguments import AllOptions, Options, autocast_dtype, prepare, resolve_pattern
+from heedful.backend.base import Backend, Shortcut
+from heedful.backend.native import library
+from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reasons
+from heedful.errors import UnsupportedError
+from heedful.explanation import Explanation
+from heedful.patterns import Pattern
+from heedful.problem import Attention, Call
+
+# Bound to module globals because looking them up through torch costs a tenth of a microsecond each on every call.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
+
+# What to run for calls like one seen before; emptied when full, since a decoding loop never stops adding lengths.
+_shortcuts: dict[Hashable, Shortcut] = {}
+_MAX_SHORTCUTS = 4096
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_weights: bool | Literal["sparse"] = False,
+    **options: Unpack[Options],
+) -> Attention: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: Literal[True, "sparse"],
+    **options: Unpack[Options],
+) -> Attention: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Tensor | Attention: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | Tensor | None = None,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cache: object | None = None,
+    layout: str = "bhld",
+    return_lse: bool = False,
+    return_weights: bool | Literal["sparse"] = False,
+    backend: str | None = None,
+) -> Tensor | Attention:
+    """Exact attention: softmax(scale · q kᵀ) v over the pairs of queries and keys that a pattern names.
+
+    With s = scale · q kᵀ, in this order: softcap · tanh(s / softcap), then + bias, then ALiBi, then the pattern. A
+    query with no key gets output 0 and log-sum-exp -inf. Statistics are float32 (float64 for float64 inputs), the
+    output has q's dtype. Under autocast, q, k and v are cast as `torch.nn.functional.scaled_dot_product_attention`
+    casts them.
+
+    Args:
+        q: (B, H, Lq, D) in float16, bfloat16, float32 or float64.
+        k: (B, Hkv, Lk, D), where Hkv divides H: query head h reads key head h // (H / Hkv).
+        v: (B, Hkv, Lk, Dv).
+        pattern: which queries see which keys, a `heedful.Pattern`; a bool tensor that broadcasts to (B, H, Lq, Lk),
+            True = attend, is `heedful.Mask` of it. None is `heedful.Full()`.
+        causal: True is `heedful.Causal()`, with a pattern it is `pattern & heedful.Causal()`: the last query meets
+            the last key, where SDPA's is_causal lets the first query meet the first key.
+        bias: float tensor that broadcasts to (B, H, Lq, Lk), in q's dtype or float32; -inf excludes a pair.
+        alibi_slopes: (H,) or (B, H) in q's dtype or float32; adds -slope · |i + Lk - Lq - j|.
+        scale: what q kᵀ is multiplied by; None is 1/sqrt(D).
+        softcap: bounds the scores smoothly to (-softcap, softcap).
+        sinks: (H,) in q's dtype or float32: a score that joins each row's denominator and log-sum-exp, and brings
+            no value.
+        dropout_p: probability in [0, 1) with which each weight is zeroed, the others growing by 1 / (1 - dropout_p).
+            The seed is drawn from torch's generator.
+        cache: a `KVCache`. No backend takes one yet.
+        layout: "bhld" for the shapes above, "blhd" for q (B, Lq, H, D), k and v likewise, and the output. bias,
+            log-sum-exp and weights keep (B, H, ...).
+        return_lse: whether to return the log-sum-exp of each row, (B, H, Lq).
+        return_weights: whether to return the weights, (B, H, Lq, Lk), after dropout, in q's dtype.
+        backend: name of a backend out of `heedful.list_backends()` that must run the call; None picks the best.
+
+    Returns:
+        The output, (B, H, Lq, Dv); with return_lse or return_weights an `Attention(out, lse, weights)`, None for what
+        was not asked for.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message has its name, what it got and what it takes.
+        UnsupportedError: no backend, or not the one asked for, can run the call; `.reasons` says why.
+    """
+    key = shortcut = failure = None
+    if (
+        not _is_dynamo_compiling()
+        and bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and cache is None
+        and type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and not _is_autocast_enabled()
+        and not _are_transforms_active()
+        and forward_ad._current_level < 0
+    ):
+        try:
+            key = (
+                q.shape,
+                k.shape,
+                v.shape,
+                q.dtype,
+                (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device),
+                _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+                pattern if pattern is None else pattern.key,  # type: ignore[union-attr]
+                causal,
+                scale,
+                softcap,
+                dropout_p,
+                layout,
+                return_lse,
+                return_weights,
+                backend,
+            )
+            shortcut = _shortcuts.get(key)
+        except (TypeError, AttributeError, RuntimeError):
+            # A tensor as pattern, or an argument that the checks below refuse.
+            key = None
+        if shortcut is not None:
+            try:
+                return shortcut(q, k, v, pattern)  # type: ignore[arg-type]
+            except Exception as error:
+                # Where an argument is at fault, such as a dtype of k other than q's, the checks below name it.
+                failure = error
+    call = prepare(
+        q,
+        k,
+        v,
+        pattern=pattern,
+        causal=causal,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        cache=cache,
+        layout=layout,
+        return_lse=return_lse,
+        return_weights=return_weights,
+    )
+    if failure is not None:
+        raise failure
+    chosen = choose(call.problem, backend)
+    if key is not None:
+        _remember(key, chosen, call, causal)
+    if autocast_dtype(call.problem.device_type) is None:
+        result = chosen.run(call)
+    else:
+        with torch.autocast(call.problem.device_type, enabled=False):
+            result = chosen.run(call)
+    out = result.out.transpose(1, 2) if call.blhd else result.out
+    return result._replace(out=out) if return_lse or return_weights else out
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Explanation:
+    """What `heedful.attention` would run for the same arguments, and why not the others; runs nothing.
+
+    Returns:
+        An `Explanation`: `.backend`, `.reasons`, `.notes`; `print` shows it as a table.
+
+    Raises:
+        ValueError, TypeError: as `heedful.attention`. What it would raise UnsupportedError for has `.backend` None.
+    """
+    defaults = attention.__kwdefaults__ or {}
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        raise TypeError(f"explain() got an unexpected keyword argument {unknown[0]!r}")
+    arguments = {**defaults, **options}
+    requested = arguments.pop("backend")
+    call = prepare(q, k, v, **arguments)
+    problem = call.problem
+    found = reasons(problem)
+    try:
+        backend = decide(problem, requested, found)
+    except UnsupportedError:
+        backend = None
+    notes = []
+    cast_to = autocast_dtype(problem.device_type)
+    if cast_to is not None and q.dtype != cast_to:
+        notes.append(f"autocast casts q, k and v to {cast_to}")
+    if problem.empty:
+        notes.append("there is nothing to compute: the result is zero or has no elements")
+    elif backend is not None:
+        notes += backend.notes(problem)
+    if backend is not None and requested is not None:
+        notes.append(f"backend={requested!r} was asked for")
+    return Explanation(
+        None if backend is None else backend.name,
+        found,
+        notes,
+        problem,
+        repr(call.pattern),
+        call.pattern.density(problem.q_length, problem.k_length),
+    )
+
+
+class BackendStatus(NamedTuple):
+    """One backend of this installation: whether it can run here at all, and if not, why."""
+
+    name: str
+    available: bool
+    reason: str | None
+
+
+def list_backends() -> tuple[BackendStatus, ...]:
+    """Every backend, the fastest first: available here, or why not."""
+    return tuple(BackendStatus(name, name not in UNAVAILABLE, UNAVAILABLE.get(name)) for name in BACKENDS)
+
+
+def clear_caches() -> None:
+    """Forget what was chosen for earlier calls, and free the scratch memory that the engine keeps between calls."""
+    _shortcuts.clear()
+    if FASTEST not in UNAVAILABLE:
+        library.clear_caches()
+
+
+def _remember(key: Hashable, chosen: Backend, call: Call, causal: bool) -> None:
+    shortcut = chosen.shortcut(call)
+    if shortcut is None:
+        return
+    if len(_shortcuts) >= _MAX_SHORTCUTS:
+        _shortcuts.clear()
+    _shortcuts[key] = _from_arguments(shortcut, call, causal)
+
+
+def _from_arguments(shortcut: Shortcut, call: Call, causal: bool) -> Shortcut:
+    """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked."""
+    problem = call.problem
+    if not problem.schedule.slots and not call.blhd:
+        return shortcut
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor | Attention:
+        if problem.schedule.slots:
+            pattern = resolve_pattern(pattern, causal)
+            pattern.validate(problem.batch, problem.heads, problem.q_length, problem.k_length)
+        if not call.blhd:
+            return shortcut(q, k, v, pattern)
+        result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
+        if isinstance(result, Tensor):
+            return result.transpose(1, 2)
+        return result._replace(out=result.out.transpose(1, 2))
+
+    return run

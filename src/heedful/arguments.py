@@ -1,0 +1,292 @@
+"""The arguments of `heedful.attention`, checked and brought into one form.
+
+Bad ones are refused before any work, by a ValueError or TypeError with the argument's name, what it got and what
+it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from heedful.errors import wrong_type, wrong_value
+from heedful.patterns import Causal, Full, Mask, Pattern
+from heedful.patterns.arguments import check_broadcast
+from heedful.problem import Call, Problem
+
+LAYOUTS = ("bhld", "blhd")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Whether torch gives this a type depends on what else mypy reads.
+_unpack_dual: Any = forward_ad.unpack_dual
+_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+
+
+class Options(TypedDict, total=False):
+    """What `heedful.attention` and `heedful.explain` take beside q, k, v; documented at the former."""
+
+    pattern: Pattern | Tensor | None
+    causal: bool
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    cache: object | None
+    layout: str
+    backend: str | None
+
+
+class AllOptions(Options, total=False):
+    """The same with what decides the type that is returned."""
+
+    return_lse: bool
+    return_weights: bool | Literal["sparse"]
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | Tensor | None,
+    causal: bool,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    cache: object | None,
+    layout: str,
+    return_lse: bool,
+    return_weights: bool | str,
+) -> Call:
+    """The call that these arguments of `heedful.attention` mean.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is wrong.
+    """
+    if layout not in LAYOUTS:
+        raise wrong_value("layout", repr(layout), "'bhld' or 'blhd'")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise wrong_value(name, f"shape {_shape(tensor)}", f"4 dimensions, {_axes(layout)}")
+    query, key, value = _same_dtype_and_device(q, k, v)
+    if layout == "blhd":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    _check_shapes(query, key, value)
+    _check_scalars(causal, scale, softcap, dropout_p, return_lse, return_weights)
+    batch, heads, q_length, head_dim = query.shape
+    k_length, value_dim = key.shape[2], value.shape[3]
+    pairs = (batch, heads, q_length, k_length)
+
+    whole = resolve_pattern(pattern, causal)
+    if isinstance(pattern, Tensor):
+        check_broadcast("pattern", pattern, pairs)
+    whole.validate(batch, heads, q_length, k_length)
+    if bias is not None:
+        bias = _check_extra("bias", bias, query, "(B, H, Lq, Lk)", pairs)
+    if alibi_slopes is not None:
+        alibi_slopes = _check_slopes(alibi_slopes, query)
+    if sinks is not None:
+        _check_extra("sinks", sinks, query, "(H,)", (heads,), broadcast=False)
+
+    tensors = [t for t in (query, key, value, bias, alibi_slopes, sinks) if t is not None]
+    needed = {
+        "bias": bias is not None,
+        "alibi": alibi_slopes is not None,
+        "softcap": softcap is not None,
+        "sinks": sinks is not None,
+        "dropout": dropout_p > 0,
+        "lse": return_lse,
+        "weights": return_weights is True,
+        "sparse_weights": return_weights == "sparse",
+        "cache": cache is not None,
+        "gradient": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        "forward_mode": _has_tangent(tensors),
+        "vmap": _under("Vmap"),
+    }
+    problem = Problem(
+        batch,
+        heads,
+        key.shape[1],
+        q_length,
+        k_length,
+        head_dim,
+        value_dim,
+        query.dtype,
+        query.device.type,
+        whole.schedule,
+        frozenset([feature for feature, used in needed.items() if used]),
+    )
+    return Call(
+        problem,
+        query,
+        key,
+        value,
+        whole,
+        head_dim**-0.5 if scale is None else float(scale),
+        bias,
+        alibi_slopes,
+        None if softcap is None else float(softcap),
+        sinks,
+        float(dropout_p),
+        layout == "blhd",
+    )
+
+
+def resolve_pattern(pattern: Pattern | Tensor | None, causal: bool) -> Pattern:
+    """The pattern that `pattern=` and `causal=` mean together."""
+    if isinstance(pattern, Tensor):
+        if pattern.dtype != torch.bool:
+            raise wrong_type(
+                "pattern",
+                f"a tensor of {pattern.dtype}",
+                "a heedful.Pattern or a bool tensor (True = attend); a float mask goes to bias=",
+            )
+        pattern = Mask(pattern)
+    if pattern is None:
+        return Causal() if causal else Full()
+    if not isinstance(pattern, Pattern):
+        raise wrong_type("pattern", _what(pattern), "a heedful.Pattern (an instance), a bool tensor or None")
+    return pattern & Causal() if causal else pattern
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts attention to on this device, None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _same_dtype_and_device(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.device != q.device:
+            raise wrong_value(name, f"a tensor on {tensor.device}", f"q's device, {q.device}")
+    cast = autocast_dtype(q.device.type)
+    if cast is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(cast) for t in (q, k, v))
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise wrong_type(name, f"dtype {tensor.dtype}", f"q's dtype, {q.dtype}")
+    return q, k, v
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise wrong_type(name, _what(tensor), "a torch.Tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise wrong_type(
+            name,
+            "a nested or sparse tensor",
+            "a strided tensor; pack sequences of different lengths with heedful.Documents",
+        )
+    if tensor.dtype not in DTYPES:
+        raise wrong_type(name, f"dtype {tensor.dtype}", _DTYPE_NAMES)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    batch, heads, _, head_dim = query.shape
+    for name, tensor in (("k", key), ("v", value)):
+        if tensor.shape[0] != batch:
+            raise wrong_value(name, f"batch {tensor.shape[0]}", f"q's batch, {batch}")
+    if key.shape[3] != head_dim:
+        raise wrong_value("k", f"head dim {key.shape[3]}", f"q's head dim, {head_dim}")
+    if value.shape[1] != key.shape[1]:
+        raise wrong_value("v", f"{value.shape[1]} heads", f"as many heads as k, {key.shape[1]}")
+    if value.shape[2] != key.shape[2]:
+        raise wrong_value("v", f"length {value.shape[2]}", f"k's length, {key.shape[2]}")
+    if heads == 0:
+        raise wrong_value("q", "0 heads", "1 or more")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise wrong_value("k", f"{key.shape[1]} heads", f"a number of heads that divides q's, {heads}")
+    if head_dim == 0:
+        raise wrong_value("q", "head dim 0", "1 or more")
+
+
+def _check_scalars(
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    return_weights: bool | str,
+) -> None:
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, (bool, int)):
+            raise wrong_type(name, _what(flag), "a bool")
+    if not isinstance(return_weights, (bool, int)) and return_weights != "sparse":
+        raise wrong_value("return_weights", repr(return_weights), "True, False or 'sparse'")
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if number is not None and not isinstance(number, (float, int, Real)):
+            raise wrong_type(name, _what(number), "a number")
+    # Comparisons where math.isfinite would do, because torch.compile traces no call on a dynamic float.
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise wrong_value("scale", scale, "a finite number, or None for 1/sqrt(head dim)")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise wrong_value("softcap", softcap, "a positive finite number, or None for none")
+    if dropout_p is None or not 0 <= dropout_p < 1:
+        raise wrong_value("dropout_p", dropout_p, "a probability in [0, 1)")
+
+
+def _check_extra(
+    name: str, tensor: Tensor, query: Tensor, axes: str, shape: tuple[int, ...], broadcast: bool = True
+) -> Tensor:
+    """The tensor with as many dimensions as `shape`, which it has or broadcasts to."""
+    if not isinstance(tensor, Tensor):
+        raise wrong_type(name, _what(tensor), "a float tensor")
+    if tensor.dtype == torch.bool:
+        raise wrong_type(name, "a bool tensor", "a float tensor; a bool mask is pattern=heedful.Mask(mask)")
+    if tensor.dtype not in (query.dtype, torch.float32):
+        raise wrong_type(name, f"dtype {tensor.dtype}", f"q's dtype, {query.dtype}, or torch.float32")
+    if tensor.device != query.device:
+        raise wrong_value(name, f"a tensor on {tensor.device}", f"q's device, {query.device}")
+    missing = len(shape) - tensor.ndim
+    sizes = (1,) * missing + tuple(tensor.shape)
+    fits = missing == 0 or (broadcast and missing > 0)
+    if not fits or any(size != n and not (broadcast and size == 1) for size, n in zip(sizes, shape, strict=True)):
+        verb = "a shape that broadcasts to" if broadcast else "shape"
+        raise wrong_value(name, f"shape {_shape(tensor)}", f"{verb} {axes} = {tuple(shape)}")
+    return tensor.reshape(sizes)
+
+
+def _check_slopes(slopes: Tensor, query: Tensor) -> Tensor:
+    batch, heads = query.shape[:2]
+    per_item = isinstance(slopes, Tensor) and slopes.ndim == 2
+    shape = (batch, heads) if per_item else (heads,)
+    slopes = _check_extra("alibi_slopes", slopes, query, "(B, H)" if per_item else "(H,)", shape, broadcast=False)
+    return slopes.reshape(-1 if per_item else 1, heads, 1, 1)
+
+
+def _has_tangent(tensors: list[Tensor]) -> bool:
+    if forward_ad._current_level < 0:
+        return _under("Jvp")
+    return any(_unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _under(transform: str) -> bool:
+    """Whether a function transform of this kind (torch.func) is active."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key().name == transform for interpreter in stack)
+
+
+def _axes(layout: str) -> str:
+    return "(B, H, L, D)" if layout == "bhld" else "(B, L, H, D)"
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _what(value: object) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__}" if len(text) > 60 else f"{text} ({type(value).__name__})"

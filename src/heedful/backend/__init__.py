@@ -1,0 +1,1 @@
+"""The ways to run attention, one folder each, behind the interface of `heedful.backend.base`."""

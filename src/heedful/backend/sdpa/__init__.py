@@ -1,0 +1,145 @@
+"""PyTorch's own `scaled_dot_product_attention` as a backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from heedful.backend.base import Backend, Shortcut
+from heedful.patterns import Causal, Full, Pattern
+from heedful.problem import Attention, Call, Problem, known
+
+# PyTorch's function itself, whatever stands behind its public name by the time of a call.
+_sdpa = torch._C._nn.scaled_dot_product_attention
+
+_FULL = Full().schedule
+_CAUSAL = Causal().schedule
+_TOP_LEFT = Causal(0).schedule
+
+
+class Lowering(NamedTuple):
+    """How a problem's pattern is told to SDPA."""
+
+    dense: bool
+    """As a mask of Lq x Lk."""
+    is_causal: bool = False
+    k_length: int | None = None
+    """Keys from here on are attended by no query, and are cut off; None keeps all."""
+
+
+class SdpaBackend(Backend):
+    """Full and square causal attention as they are; every other pattern, bias and ALiBi through a dense mask."""
+
+    name = "sdpa"
+    devices = None
+    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+    max_head_dim = None
+    features = frozenset({"bias", "alibi", "vmap"})
+    gradient = True
+
+    def notes(self, problem: Problem) -> list[str]:
+        if not lower(problem).dense:
+            return []
+        what = "a float mask" if problem.features & {"bias", "alibi"} else "a bool mask"
+        return [
+            f"the pattern runs dense: SDPA gets {what} of {problem.q_length} x {problem.k_length} and skips nothing"
+        ]
+
+    def run(self, call: Call) -> Attention:
+        lowering = lower(call.problem)
+        if lowering.dense:
+            return Attention(_masked(call), None, None)
+        key, value = call.key, call.value
+        if lowering.k_length is not None:
+            key, value = key[:, :, : lowering.k_length], value[:, :, : lowering.k_length]
+        return Attention(_sdpa(call.query, key, value, is_causal=lowering.is_causal, **_options(call)), None, None)
+
+    def shortcut(self, call: Call) -> Shortcut | None:
+        lowering, options = lower(call.problem), _options(call)
+        if lowering.dense or lowering.k_length is not None:
+            return None
+        if lowering.is_causal:
+            options["is_causal"] = True
+        if not options:
+            return _plain
+        return lambda q, k, v, pattern: _sdpa(q, k, v, **options)
+
+
+def lower(problem: Problem) -> Lowering:
+    """The cheapest way to say a problem's pattern to SDPA, whose own causal mask is aligned top-left."""
+    if problem.features & {"bias", "alibi"}:
+        return Lowering(dense=True)
+    if problem.schedule == _FULL:
+        return Lowering(dense=False)
+    if problem.schedule == _CAUSAL:
+        if known(problem.q_length == 1):
+            return Lowering(dense=False)
+        if known(problem.q_length == problem.k_length):
+            return Lowering(dense=False, is_causal=True)
+    if problem.schedule == _TOP_LEFT:
+        enough = known(problem.k_length <= problem.q_length)
+        return Lowering(dense=False, is_causal=True, k_length=None if enough else problem.q_length)
+    return Lowering(dense=True)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    return _sdpa(q, k, v)
+
+
+def _options(call: Call) -> dict[str, Any]:
+    # Left out where they are SDPA's defaults, because parsing them costs a tenth of a tiny call.
+    options: dict[str, Any] = {}
+    if call.scale != call.problem.head_dim**-0.5:
+        options["scale"] = call.scale
+    if call.problem.heads != call.problem.kv_heads:
+        options["enable_gqa"] = True
+    return options
+
+
+def _masked(call: Call) -> Tensor:
+    """SDPA under a mask, with heedful's meaning of empty rows and of keys that no row attends to."""
+    problem = call.problem
+    mask = call.pattern.dense(problem.q_length, problem.k_length, call.query.device)
+    bias = _bias(call)
+    if bias is not None:
+        mask = mask & (bias != -torch.inf)
+    rows = mask.any(-1, keepdim=True)
+    keys = mask.any(2).any(1)[:, None, :, None]
+    # A row without a key attends to everything and is blanked at the end: within SDPA it would meet inf - inf.
+    if bias is None:
+        mask = mask | ~rows
+    else:
+        excluded = torch.zeros_like(rows, dtype=bias.dtype).where(~rows, -torch.inf)
+        mask = bias.where(mask, excluded)
+    out = _sdpa(
+        _blank(call, call.query, rows),
+        _blank(call, call.key, keys),
+        _blank(call, call.value, keys),
+        mask,
+        **_options(call),
+    )
+    return _blank(call, out, rows)
+
+
+def _bias(call: Call) -> Tensor | None:
+    """The bias and ALiBi as one float tensor that broadcasts to (B, H, Lq, Lk)."""
+    # SDPA takes a float32 mask with every input but float64.
+    dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    bias = None if call.bias is None else call.bias.to(dtype)
+    if call.alibi_slopes is not None:
+        q_length, k_length = call.problem.q_length, call.problem.k_length
+        position = torch.arange(q_length, device=call.query.device)[:, None] + k_length - q_length
+        distance = (position - torch.arange(k_length, device=call.query.device)).abs()
+        alibi = -call.alibi_slopes.to(dtype) * distance
+        bias = alibi if bias is None else bias + alibi
+    return bias
+
+
+def _blank(call: Call, tensor: Tensor, used: Tensor) -> Tensor:
+    """The tensor with zeros where it is not used."""
+    asking_is_free = used.device.type == "cpu" and "vmap" not in call.problem.features
+    if asking_is_free and not torch.compiler.is_compiling() and bool(used.all()):
+        return tensor
+    return tensor.where(used, 0.0)
