@@ -1,0 +1,31 @@
+"""heedful as an attention implementation of Hugging Face transformers.
+
+Importing this module registers `attn_implementation="heedful"`, for `from_pretrained`, `from_config` and
+`model.set_attn_implementation`:
+
+    import heedful.hf
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="heedful")
+
+It takes the place of a mask tensor as well: causality, windows, chunks, padding and packed sequences reach the
+attention call as patterns, made once a forward pass. What is not recognised goes as a `heedful.Mask` and is logged
+once.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+# Before 5.8 a mask function was not told where the queries begin.
+if "q_offset" not in signature(masking_utils.sdpa_mask).parameters:
+    raise ImportError(f"heedful.hf needs transformers 5.8 or newer, found {transformers.__version__}")
+
+from heedful.hf.forward import attention_forward
+from heedful.hf.masks import PatternMask, pattern_mask
+
+__all__ = ["PatternMask", "attention_forward", "pattern_mask"]
+
+AttentionInterface.register("heedful", attention_forward)
+AttentionMaskInterface.register("heedful", pattern_mask)
