@@ -176,13 +176,14 @@ def test_slower_road_is_logged_once_for_each_kind(caplog) -> None:
 @pytest.mark.skipif(not NATIVE, reason="the engine is not built")
 def test_gradients_leave_the_engine_visibly(caplog) -> None:
     q, k, v = attention_inputs(q_length=100, k_length=100)
-    assert explain(q, k, v).backend == "native"
+    window = {"pattern": SlidingWindow(5)}
+    assert explain(q, k, v, **window).backend == "native"
     with caplog.at_level(logging.WARNING, "heedful"):
-        attention(q, k, v)
+        attention(q, k, v, **window)
         assert not caplog.records
-        attention(q.requires_grad_(), k, v)
+        attention(q.requires_grad_(), k, v, **window)
     assert "does not support gradients" in caplog.text
-    assert explain(q, k, v).backend == "sdpa"
+    assert explain(q, k, v, **window).backend == "sdpa"
 
 
 def test_second_call_takes_the_short_way(monkeypatch) -> None:

@@ -48,7 +48,8 @@ def pattern_examples(batch: int, heads: int, q_length: int, k_length: int) -> li
     blocks = torch.rand(1, heads, -(-q_length // 16), -(-k_length // 16), generator=generator) < 0.3
     mask = torch.rand(batch, 1, q_length, k_length, generator=generator) < 0.2
     cut_q, cut_k = q_length // 3, k_length // 2
-    documents = [torch.tensor([0, cut, cut, length], dtype=torch.int32) for cut, length in ((cut_q, q_length), (cut_k, k_length))]
+    lengths = ((cut_q, q_length), (cut_k, k_length))
+    documents = [torch.tensor([0, cut, cut, length], dtype=torch.int32) for cut, length in lengths]
     starts = torch.arange(batch, dtype=torch.int32) * 3
     return [
         Full(),
@@ -107,7 +108,8 @@ def test_head_dims(dtype, head_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory", MEMORY)
 def test_strides(dtype, memory):
-    q, k, v = attention_inputs(kv_heads=2, q_length=29, k_length=45, head_dim=20, value_dim=36, dtype=dtype, memory=memory)
+    sizes = {"kv_heads": 2, "q_length": 29, "k_length": 45, "head_dim": 20, "value_dim": 36}
+    q, k, v = attention_inputs(**sizes, dtype=dtype, memory=memory)
     check(q, k, v, pattern=SlidingWindow(11))
 
 

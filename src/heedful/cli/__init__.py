@@ -1,0 +1,44 @@
+"""The `heedful` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from heedful import __version__
+
+from .benchmark import bench
+from .demonstration import demo
+from .diagnosis import doctor
+
+app = typer.Typer(
+    name="heedful",
+    help="Exact attention that works only for the keys a model attends to.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+app.command()(bench)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heedful {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Exact attention that works only for the keys a model attends to."""
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()

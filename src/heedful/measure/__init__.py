@@ -1,0 +1,1 @@
+"""How heedful measures itself: environment record, numerical checks, interleaved timing, peaks and memory."""

@@ -1,0 +1,1 @@
+"""Results made readable: tables for terminal and Markdown, plots, and one self-contained HTML page."""

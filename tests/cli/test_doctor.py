@@ -1,0 +1,92 @@
+"""`heedful doctor` and what the command line says about itself."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import heedful
+from heedful.backend.native import library
+from heedful.cli import app
+from heedful.cli.diagnosis import openmp_problems, thread_problems
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_version():
+    done = invoke("--version")
+    assert done.exit_code == 0
+    assert done.stdout == f"heedful {heedful.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ["doctor", "bench", "demo", "--version"]),
+        (("doctor",), ["--json"]),
+        (("bench",), ["--quick", "--json", "--plot", "--markdown", "--update", "--threads", "--only"]),
+        (("demo",), ["--quick", "--json", "--report"]),
+    ],
+)
+def test_help_names_every_option(command, words):
+    done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [*command, "--help"])
+    assert done.exit_code == 0
+    for word in words:
+        assert word in done.output
+
+
+def test_json_schema():
+    done = invoke("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert done.exit_code == 0, report["problems"]
+    assert report.keys() == {
+        "environment", "engine", "torch", "transformers", "gpu", "openmp_runtimes", "backends", "problems",
+    }  # fmt: skip
+    assert report["engine"]["version"] == library.version()
+    assert [tier["selected"] for tier in report["engine"]["tiers"]].count(True) == 1
+    assert all(tier["runnable"] for tier in report["engine"]["tiers"] if tier["selected"])
+    assert {backend["name"] for backend in report["backends"]} >= {"native", "sdpa", "reference"}
+    for problem in report["problems"]:
+        assert problem.keys() == {"severity", "what", "remedy"}
+
+
+def test_text_has_every_section():
+    done = invoke("doctor")
+    assert done.exit_code == 0, done.output
+    for label in ("CPU", "caches", "torch threads", "OpenMP", "transformers", "GPU", "engine", "tiers", "reference"):
+        assert label in done.output
+
+
+def test_an_engine_that_does_not_load_exits_with_1_and_the_remedy(monkeypatch):
+    def fail():
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(library, "version", fail)
+    done = invoke("doctor")
+    assert done.exit_code == 1
+    assert "no such library" in done.output
+    assert "remedy: reinstall heedful" in done.output
+
+
+def test_a_tier_of_no_engine_is_a_warning(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_ISA", "avx1024")
+    done = invoke("doctor", "--json")
+    assert done.exit_code == 0
+    assert any("avx1024" in problem["what"] for problem in json.loads(done.stdout)["problems"])
+
+
+def test_two_openmp_runtimes_are_a_warning():
+    assert openmp_problems(None) == openmp_problems(["/a/libgomp.so.1"]) == []
+    (problem,) = openmp_problems(["/a/libgomp.so.1", "/b/libiomp5.so"])
+    assert problem.severity == "warning"
+    assert "/b/libiomp5.so" in problem.what
+
+
+def test_threads_without_cpus_are_warnings():
+    limits = {"torch_threads": 4, "cgroup_quota_cpus": 1.5, "affinity": [0, 1]}
+    quota, affinity = thread_problems(limits)
+    assert quota.remedy == "set OMP_NUM_THREADS=1"
+    assert affinity.remedy == "set OMP_NUM_THREADS=2"
+    assert thread_problems({"torch_threads": 2, "cgroup_quota_cpus": None, "affinity": None}) == []
