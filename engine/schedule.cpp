@@ -96,8 +96,10 @@ class AtomReader {
 
 uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
 
-// Sets bits [low, high) of a block, as far as they lie in it.
+// Sets bits [low, high) of a block, as far as they lie in it. Every word is written alike, so that the words
+// stay in registers.
 inline void set_range(uint64_t *bits, int64_t low, int64_t high) {
+#pragma GCC unroll 4
     for (int word = 0; word < BLOCK_WORDS; ++word) {
         const int64_t from = clamp(low - 64 * word, 0, 64), to = clamp(high - 64 * word, 0, 64);
         bits[word] |= low_bits(to) & ~low_bits(from);
@@ -303,9 +305,9 @@ int64_t Schedule::work(int64_t batch_index, int64_t q_begin, int64_t q_end) cons
     return total;
 }
 
-void Schedule::add_row(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin, int64_t low,
-                       int64_t high, uint64_t *row) const {
-    uint64_t bits[BLOCK_WORDS] = {};
+void Schedule::row_bits(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin,
+                        int64_t low, int64_t high, uint64_t *bits) const {
+    std::memset(bits, 0, BLOCK_WORDS * sizeof *bits);
     const int64_t k_end = std::min(k_begin + KEY_BLOCK, k_length_);
     if (atom.step == 1) {
         set_range(bits, low - k_begin, high - k_begin);
@@ -327,7 +329,6 @@ void Schedule::add_row(const Atom &atom, int64_t batch_index, int64_t head, int6
         }
         for (int word = 0; word < BLOCK_WORDS; ++word) bits[word] &= allowed[word];
     }
-    for (int word = 0; word < BLOCK_WORDS; ++word) row[word] |= bits[word];
 }
 
 AtomSelection::AtomSelection(const Schedule &schedule, int64_t batch_index, int64_t q_begin, int64_t q_end)
@@ -387,16 +388,18 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
         out.unit_count = units;
         return;
     }
-    uint64_t all[BLOCK_WORDS];
+    uint64_t used[BLOCK_WORDS] = {}, all[BLOCK_WORDS];
     std::memset(all, 0xff, sizeof all);
-    std::memset(out.used, 0, sizeof out.used);
-    for (int r = 0; r < rows; ++r) {
-        const int64_t query = (first_row + r) / group, head = first_head + (first_row + r) % group;
-        if (r > 0 && !schedule_.per_head_ && query == (first_row + r - 1) / group) {
+    int64_t query = first, member = first_row % group; // of the group: its head
+    for (int r = 0; r < rows; ++r, ++member) {
+        if (member == group) {
+            member = 0;
+            ++query;
+        } else if (r > 0 && !schedule_.per_head_) {
             std::memcpy(out.row[r], out.row[r - 1], sizeof out.row[r]);
             continue;
         }
-        std::memset(out.row[r], 0, sizeof out.row[r]);
+        uint64_t bits[BLOCK_WORDS] = {};
         for (int64_t a = 0; a < count_; ++a) {
             const Atom &atom = schedule_.atoms_[atoms_[a]];
             if (query < atom.q_begin || query >= atom.q_end) continue;
@@ -405,17 +408,24 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
             low = std::max(low, k_begin);
             high = std::min(high, k_end);
             if (low >= high) continue;
-            if (atom.interval()) set_range(out.row[r], low - k_begin, high - k_begin);
-            else schedule_.add_row(atom, batch_index_, head, query, k_begin, low, high, out.row[r]);
+            if (atom.interval()) {
+                set_range(bits, low - k_begin, high - k_begin);
+                continue;
+            }
+            uint64_t others[BLOCK_WORDS];
+            schedule_.row_bits(atom, batch_index_, first_head + member, query, k_begin, low, high, others);
+            for (int word = 0; word < BLOCK_WORDS; ++word) bits[word] |= others[word];
         }
         for (int word = 0; word < BLOCK_WORDS; ++word) {
-            out.used[word] |= out.row[r][word];
-            all[word] &= out.row[r][word];
+            out.row[r][word] = bits[word];
+            used[word] |= bits[word];
+            all[word] &= bits[word];
         }
     }
     for (int r = rows; r < MAX_TILE_ROWS; ++r) std::memset(out.row[r], 0, sizeof out.row[r]);
+    std::memcpy(out.used, used, sizeof used);
     for (int u = 0; u < units; ++u) {
-        if (!unit_bits(out.used, u, unit)) continue;
+        if (!unit_bits(used, u, unit)) continue;
         const bool partial = unit_bits(all, u, unit) != low_bits(unit);
         out.index[out.unit_count] = uint8_t(u);
         out.partial[out.unit_count++] = partial;

@@ -50,10 +50,9 @@ class Schedule {
     friend class AtomSelection;
     void add_atoms(const int64_t *code, int64_t length, int64_t batch_index, const heedful_schedule &source);
     void row_range(const Atom &atom, int64_t query, int64_t &low, int64_t &high) const;
-    // Adds to `row`, the bits of one row in the block at k_begin, the pairs of an atom that is no plain
-    // interval, keys [low, high) being its range.
-    void add_row(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin, int64_t low,
-                 int64_t high, uint64_t *row) const;
+    // One row of an atom that is no plain interval in the block at k_begin, keys [low, high) being its range.
+    void row_bits(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin, int64_t low,
+                  int64_t high, uint64_t *bits) const;
 
     int64_t q_length_, k_length_;
     bool shared_ = true; // one list of atoms serves every batch item

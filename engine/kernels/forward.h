@@ -166,11 +166,14 @@ template <class A> struct Forward {
     }
 
     static NOINLINE void finish(const ForwardCall &call, const ForwardItem &item, const Scratch &s) {
-        for (int64_t r = 0; r < item.rows; ++r) {
-            const int64_t row = item.first_row + r, head = item.kv_head * call.group + row % call.group,
-                          query = row / call.group;
-            T total = 0;
-            for (int lane = 0; lane < LANES; ++lane) total += s.total[r * LANES + lane];
+        int64_t query = item.first_row / call.group, member = item.first_row % call.group;
+        for (int64_t r = 0; r < item.rows; ++r, ++member) {
+            if (member == call.group) {
+                member = 0;
+                ++query;
+            }
+            const int64_t head = item.kv_head * call.group + member;
+            const T total = R::reduce_add(R::load(s.total + r * LANES));
             const T inverse = total == 0 ? 0 : 1 / total;
             const T *source = s.out + r * s.value_stride;
             Input *target = reinterpret_cast<Input *>(call.out) + item.batch_index * call.out_stride[0] +

@@ -112,9 +112,7 @@ template <class A> struct Pack {
             }
             for (; d < value_stride; ++d) target[d] = A::zero();
         }
-        T sum = 0;
-        for (int lane = 0; lane < LANES; ++lane) sum += suspect[lane];
-        return sum == 0;
+        return R::reduce_add(suspect) == 0;
     }
 
     // A copy of a unit's values in which the keys that no row of the tile uses are zero: a weight of zero

@@ -71,6 +71,15 @@ template <class T> struct Words {
     static INLINE void store(T *p, V v) { *reinterpret_cast<Unaligned *>(p) = v; }
     static INLINE V set1(T x) { return x - V{}; }
 
+    // Halves added until one lane is left, the same order on every tier with as many lanes.
+    static INLINE T reduce_add(V v) {
+        T lane[LANES];
+        store(lane, v);
+        for (int width = LANES / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+        return lane[0];
+    }
+
     // Swaps the off-diagonal quarters of every 2S x 2S block of the square that a and b are rows of.
     template <int S, int... I> static INLINE void exchange(V &a, V &b, Lanes<I...>) {
         const V low = __builtin_shufflevector(a, b, ((I & S) ? LANES + I - S : I)...);

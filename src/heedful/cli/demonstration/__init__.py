@@ -20,7 +20,7 @@ from .result import passed, print_result, report_page
 
 QUICK_ENCODER = encoder.Size(passages=8, rounds=1, seconds=5.0)
 QUICK_DECODER = decoder.Size(
-    widths=(2,), lengths=(96,), window=32, prefix=64, layers=2, tokens=8, rounds=1, max_rounds=1, seconds=20.0
+    widths=(2,), lengths=(96,), window=32, prefix=64, layers=2, tokens=8, turns=2, rounds=1, max_rounds=1, seconds=20.0
 )
 
 

@@ -47,6 +47,8 @@ class Size:
     prefix: int = 1536
     layers: int = 4
     tokens: int = 64
+    turns: int = 24
+    turn_tokens: int = 4
     rounds: int = 2
     max_rounds: int = 4
     seconds: float = 100.0
@@ -128,12 +130,13 @@ def run_decoder(size: Size, advance: Callable[[float], None]) -> dict[str, Any]:
         length, rounds = _fitting_length(size, workers)
         advance(0.1)
         loaded = {side: ask(do="loaded")["loaded_bytes"] for side, ask in workers.items()}
-        runs = _generate(size, workers, length, rounds, Path(folder), lambda share: advance(0.65 * share))
+        runs = _generate(size, workers, length, rounds, Path(folder), lambda share: advance(0.6 * share))
+        token = _go_on(size, workers)
+        advance(0.05)
         logits = {side: torch.load(Path(folder) / f"{side}.pt") for side in SIDES}
     checks += _check_generation(logits, runs, worst)
     agreeing = sum(a == b for a, b in zip(runs["sdpa"][0]["chosen"], runs["heedful"][0]["chosen"], strict=True))
     prefill = {side: [run["prefill_seconds"] for run in runs[side]] for side in SIDES}
-    token = {side: [run["token_seconds"] for run in runs[side]] for side in SIDES}
     return {
         "model": "Mistral-shaped, random weights",
         "shape": settings["shape"],
@@ -293,6 +296,15 @@ def _generate(
         if time.perf_counter() + spent > deadline:
             break
     return runs
+
+
+def _go_on(size: Size, workers: dict[str, Callable[..., dict[str, Any]]]) -> dict[str, list[float]]:
+    """Seconds a token of both sides, turn by turn: a token takes milliseconds, and the machine's speed drifts."""
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for turn in range(size.turns):
+        for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+            seconds[side].append(workers[side](do="go_on", steps=size.turn_tokens)["seconds"])
+    return seconds
 
 
 def _check_generation(logits: dict[str, Tensor], runs: dict[str, list[dict[str, Any]]], allowed: float) -> list[Check]:

@@ -88,7 +88,7 @@ def _decoder(half: dict[str, Any]) -> Section:
     extra = {side: half["memory"][side]["peak"] - half["memory"][side]["loaded"] for side in SIDES}
     figures = [
         (ratio(half["prefill"]["ratio"]), f"speed-up of reading {half['length']} tokens"),
-        (ratio(half["token"]["ratio"]), "speed-up of a generated token"),
+        (_with_quartiles(half["token"]), "speed-up of a generated token (median, quartiles)"),
         (f"{half['agreeing_tokens']} of {half['generated']}", "same greedy token after the same text"),
     ]
     charts = [
@@ -105,7 +105,8 @@ def _decoder(half: dict[str, Any]) -> Section:
             f"{shape['head_dim']}, sliding window {shape['sliding_window']}, {half['dtype']}",
         ),
         ("prompt", f"{half['length']} tokens of Python's documentation, then {half['generated']} generated"),
-        ("rounds", ", ".join(_round(half, index) for index in range(half["rounds"]))),
+        ("seconds to read, by round", ", ".join(_round(half, index) for index in range(half["rounds"]))),
+        ("time a generated token", ", ".join(f"{name} {duration(1 / rate[side])}" for side, name in SIDES.items())),
         ("peak memory", f"{memory}, each in a process of its own"),
     ]
     text = (
@@ -145,7 +146,6 @@ def _with_quartiles(timing: dict[str, Any]) -> str:
 def _round(half: dict[str, Any], index: int) -> str:
     def both() -> Iterator[str]:
         for side, name in SIDES.items():
-            prefill, token = half["prefill_seconds"][side][index], half["token_seconds"][side][index]
-            yield f"{name} {duration(prefill)} + {duration(token)} a token"
+            yield f"{name} {duration(half['prefill_seconds'][side][index])}"
 
     return f"{index + 1}: " + " against ".join(both())

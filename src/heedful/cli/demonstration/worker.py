@@ -101,16 +101,25 @@ class Worker:
             max_new_tokens=steps,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([Record()]),
+            return_dict_in_generate=True,
         )
+        self.cache, self.last = out.past_key_values, out.sequences[:, -1:]
         logits = torch.stack(seen)
         torch.save(logits, save)
         return {
             "prefill_seconds": moments[0] - start,
-            "token_seconds": (moments[-1] - moments[0]) / max(1, steps - 1),
-            "tokens": out[0, length:].tolist(),
+            "tokens": out.sequences[0, length:].tolist(),
             "chosen": logits.argmax(-1).tolist(),
             "peak_bytes": peak_bytes(),
         }
+
+    def go_on(self, steps: int) -> dict[str, Any]:
+        """Seconds a token while the text of the last generation grows by some more."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            logits = self.model(self.last, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            self.last = logits[:, -1].argmax(-1, keepdim=True)
+        return {"seconds": (time.perf_counter() - start) / steps}
 
 
 def main() -> None:
