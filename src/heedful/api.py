@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from heedful.arguments import AllOptions, Options, autocast_dtype, prepare, resolve_pattern
 from heedful.backend.base import Backend, Shortcut
 from heedful.backend.native import library
+from heedful.backend.sdpa import kept_masks
 from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reasons
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
@@ -249,8 +250,9 @@ def list_backends() -> tuple[BackendStatus, ...]:
 
 
 def clear_caches() -> None:
-    """Forget what was chosen for earlier calls, and free the scratch memory that the engine keeps between calls."""
+    """Forget what was chosen for earlier calls, and free the memory that backends keep between calls."""
     _shortcuts.clear()
+    kept_masks.cache_clear()
     if FASTEST not in UNAVAILABLE:
         library.clear_caches()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,15 @@ def compare_decoding(workload: Workload, threads: int, seconds: float) -> Outcom
         max_position_embeddings=4 * workload.key_length,
     )
     dtype = getattr(torch, workload.dtype)
+
+    def build(dtype: Any, implementation: str) -> Any:
+        # A model keeps the config that it is given: in a shared one the last model's implementation would hold for all.
+        own = copy.deepcopy(config)
+        model = transformers.AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=implementation)
+        return model.eval()
+
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    ours = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="heedful").eval()
+    theirs, ours = build(dtype, "sdpa"), build(dtype, "heedful")
     ours.load_state_dict(theirs.state_dict(), assign=True)
 
     shape = (1, workload.key_heads, workload.key_length, workload.head_dim)
@@ -66,9 +73,7 @@ def compare_decoding(workload: Workload, threads: int, seconds: float) -> Outcom
         return out.double()
 
     with torch.no_grad(), pinned_threads(threads):
-        reference = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        reference = build(torch.float32, "sdpa")
         reference.load_state_dict({name: tensor.float() for name, tensor in theirs.state_dict().items()}, assign=True)
         exact = logits(reference, torch.float32)
         del reference

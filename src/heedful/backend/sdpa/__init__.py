@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -98,29 +99,48 @@ def _options(call: Call) -> dict[str, Any]:
     return options
 
 
+class _Dense(NamedTuple):
+    """A pattern as SDPA's mask, in which rows without a key attend to everything and are blanked at the end: within
+    SDPA they would meet inf - inf."""
+
+    mask: Tensor
+    rows: Tensor | None
+    """(B or 1, H or 1, Lq, 1), rows that have a key; None where all have."""
+    keys: Tensor | None
+    """(B or 1, 1, Lk, 1), keys that a row attends to; None where all are."""
+
+
+def _dense(pattern: Pattern, q_length: int, k_length: int, device: torch.device) -> _Dense:
+    mask = pattern.dense(q_length, k_length, device)
+    rows, keys = mask.any(-1, keepdim=True), mask.any(2).any(1)[:, None, :, None]
+    return _Dense(mask | ~rows, None if bool(rows.all()) else rows, None if bool(keys.all()) else keys)
+
+
+# Every layer and every step of a model asks for the same masks, and making one of 8192 x 8192 takes half a second.
+KEPT_PAIRS = 128 << 20
+kept_masks = lru_cache(maxsize=2)(_dense)
+
+
 def _masked(call: Call) -> Tensor:
     """SDPA under a mask, with heedful's meaning of empty rows and of keys that no row attends to."""
-    problem = call.problem
-    mask = call.pattern.dense(problem.q_length, problem.k_length, call.query.device)
+    problem, device = call.problem, call.query.device
+    lengths = problem.q_length, problem.k_length
     bias = _bias(call)
-    if bias is not None:
-        mask = mask & (bias != -torch.inf)
-    rows = mask.any(-1, keepdim=True)
-    keys = mask.any(2).any(1)[:, None, :, None]
-    # A row without a key attends to everything and is blanked at the end: within SDPA it would meet inf - inf.
-    if bias is None:
-        mask = mask | ~rows
+    keepable = bias is None and device.type == "cpu" and "vmap" not in problem.features
+    if keepable and not problem.schedule.slots and not torch.compiler.is_compiling():
+        make = kept_masks if lengths[0] * lengths[1] <= KEPT_PAIRS else _dense
+        mask, rows, keys = make(call.pattern, *lengths, device)
     else:
-        excluded = torch.zeros_like(rows, dtype=bias.dtype).where(~rows, -torch.inf)
-        mask = bias.where(mask, excluded)
-    out = _sdpa(
-        _blank(call, call.query, rows),
-        _blank(call, call.key, keys),
-        _blank(call, call.value, keys),
-        mask,
-        **_options(call),
-    )
-    return _blank(call, out, rows)
+        mask = call.pattern.dense(*lengths, device)
+        if bias is not None:
+            mask = mask & (bias != -torch.inf)
+        rows, keys = mask.any(-1, keepdim=True), mask.any(2).any(1)[:, None, :, None]
+        if bias is None:
+            mask = mask | ~rows
+        else:
+            mask = bias.where(mask, torch.zeros_like(rows, dtype=bias.dtype).where(~rows, -torch.inf))
+    query, key, value = _blank(call.query, rows), _blank(call.key, keys), _blank(call.value, keys)
+    return _blank(_sdpa(query, key, value, mask, **_options(call)), rows)
 
 
 def _bias(call: Call) -> Tensor | None:
@@ -137,9 +157,6 @@ def _bias(call: Call) -> Tensor | None:
     return bias
 
 
-def _blank(call: Call, tensor: Tensor, used: Tensor) -> Tensor:
+def _blank(tensor: Tensor, used: Tensor | None) -> Tensor:
     """The tensor with zeros where it is not used."""
-    asking_is_free = used.device.type == "cpu" and "vmap" not in call.problem.features
-    if asking_is_free and not torch.compiler.is_compiling() and bool(used.all()):
-        return tensor
-    return tensor.where(used, 0.0)
+    return tensor if used is None else tensor.where(used, 0.0)
