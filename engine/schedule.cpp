@@ -378,7 +378,6 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
                 k_end <= inner_high;
     }
     out.unit_count = 0;
-    out.any_partial = false;
     if (!any) return;
     if (full && (k_end - k_begin) % unit == 0) {
         for (int u = 0; u < units; ++u) {
@@ -429,7 +428,6 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
         const bool partial = unit_bits(all, u, unit) != low_bits(unit);
         out.index[out.unit_count] = uint8_t(u);
         out.partial[out.unit_count++] = partial;
-        out.any_partial |= partial;
     }
 }
 

@@ -19,7 +19,6 @@ constexpr int MAX_UNITS = 64; // a unit is at least 4 keys
 // begin; only those with a pair that counts are listed.
 struct Expansion {
     int unit_count;
-    bool any_partial;
     uint8_t index[MAX_UNITS];
     bool partial[MAX_UNITS];
     uint64_t row[MAX_TILE_ROWS][BLOCK_WORDS]; // bit k: key k of the block counts for this row

@@ -77,10 +77,28 @@ template <class A> struct Forward {
         if (call.scale == 0) __builtin_memset(s.query, 0, round_up(item.rows, PANEL) * s.steps * sizeof(Word));
     }
 
+    // Scores of a panel, -inf where a pair does not count, and the largest of each row by lane. Both follow each
+    // unit while it is in the L1 cache: the keys of a whole block, read in between, would have pushed it out.
     template <int M>
-    static INLINE void score_units(const Scratch &s, const Word *query, const Expansion &seen, T *score) {
-        for (int u = 0; u < seen.unit_count; ++u)
-            Tile::template score_tile<M>(query, s.key + seen.index[u] * s.steps * UNIT, s.steps, score + u * UNIT);
+    static INLINE void score_units(const Scratch &s, const Word *query, const Expansion &seen,
+                                   const uint64_t (*bits)[BLOCK_WORDS], T *score, V *largest) {
+        for (int m = 0; m < M; ++m) largest[m] = R::set1(-T(__builtin_inff()));
+        for (int u = 0; u < seen.unit_count; ++u, score += UNIT) {
+            Tile::template score_tile<M>(query, s.key + seen.index[u] * s.steps * UNIT, s.steps, score);
+            if (seen.partial[u]) {
+                const int first = seen.index[u] * UNIT;
+                for (int m = 0; m < M; ++m) {
+                    T *at = score + m * SCORE_STRIDE;
+                    const uint64_t row = bits[m][first / 64] >> (first % 64), half = (uint64_t(1) << LANES) - 1;
+                    R::store(at, R::keep(R::load(at), uint32_t(row & half)));
+                    R::store(at + LANES, R::keep(R::load(at + LANES), uint32_t(row >> LANES & half)));
+                }
+            }
+            for (int m = 0; m < M; ++m) {
+                const T *at = score + m * SCORE_STRIDE;
+                largest[m] = R::max(largest[m], R::max(R::load(at), R::load(at + LANES)));
+            }
+        }
     }
 
     template <int M>
@@ -93,26 +111,6 @@ template <class A> struct Forward {
         if (column < s.value_stride)
             Tile::template value_tile<M, 1>(weight, value, column, s.value_stride, units, out + column, s.value_stride,
                                             decay);
-    }
-
-    // The largest score of a row that counts; those that do not become -inf.
-    static INLINE T row_maximum(const Expansion &seen, const uint64_t *bits, T *score) {
-        V high = R::set1(-T(__builtin_inff())), higher = high;
-        for (int u = 0; u < seen.unit_count; ++u) {
-            T *at = score + u * UNIT;
-            V low_half = R::load(at), high_half = R::load(at + LANES);
-            if (seen.any_partial && seen.partial[u]) {
-                const int first = seen.index[u] * UNIT;
-                const uint64_t unit_bits = bits[first / 64] >> (first % 64);
-                low_half = R::keep(low_half, uint32_t(unit_bits & ((uint64_t(1) << LANES) - 1)));
-                high_half = R::keep(high_half, uint32_t(unit_bits >> LANES & ((uint64_t(1) << LANES) - 1)));
-                R::store(at, low_half);
-                R::store(at + LANES, high_half);
-            }
-            high = R::max(high, low_half);
-            higher = R::max(higher, high_half);
-        }
-        return R::reduce_max(R::max(high, higher));
     }
 
     // Scores of one row become weights 2^(factor * score - shift); returns their sums by lane.
@@ -133,13 +131,15 @@ template <class A> struct Forward {
     // units of log2, `total` the sum of its weights by lane.
     static NOINLINE void visit(const Scratch &s, const Word *query, const Expansion &seen, const Word *const *value,
                                int rows, T factor, T *out, T *top, T *total) {
-        Tile::for_panels(rows, [&](int first, auto count) {
-            score_units<decltype(count)::value>(s, query + first * s.steps, seen, s.score + first * SCORE_STRIDE);
-        });
         constexpr int PADDED = MAX_TILE_ROWS + LANES;
         alignas(64) T shift[PADDED], decay[PADDED];
-        for (int r = 0; r < MAX_TILE_ROWS; ++r)
-            shift[r] = r < rows ? row_maximum(seen, seen.row[r], s.score + r * SCORE_STRIDE) : -T(__builtin_inff());
+        for (int r = 0; r < MAX_TILE_ROWS; ++r) shift[r] = -T(__builtin_inff());
+        Tile::for_panels(rows, [&](int first, auto count) {
+            constexpr int M = decltype(count)::value;
+            V largest[M];
+            score_units<M>(s, query + first * s.steps, seen, seen.row + first, s.score + first * SCORE_STRIDE, largest);
+            for (int m = 0; m < M && first + m < rows; ++m) shift[first + m] = R::reduce_max(largest[m]);
+        });
         const V lowest = R::set1(-T(__builtin_inff()));
         for (int r = 0; r < rows; r += LANES) {
             // 16 lanes reach into the next tile's rows, whose maximum must stay.
