@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 BUILD := build/native
-SOURCES := $(shell find engine bridge -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find engine bridge benchmarks -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test bench lint format build compiler clean
 

@@ -112,13 +112,19 @@ class _Dense(NamedTuple):
 
 def _dense(pattern: Pattern, q_length: int, k_length: int, device: torch.device) -> _Dense:
     mask = pattern.dense(q_length, k_length, device)
-    rows, keys = mask.any(-1, keepdim=True), mask.any(2).any(1)[:, None, :, None]
-    return _Dense(mask | ~rows, None if bool(rows.all()) else rows, None if bool(keys.all()) else keys)
+    rows = mask.any(-1, keepdim=True)
+    return _Dense(mask | ~rows, rows, mask.any(2).any(1)[:, None, :, None])
 
 
 # Every layer and every step of a model asks for the same masks, and making one of 8192 x 8192 takes half a second.
 KEPT_PAIRS = 128 << 20
-kept_masks = lru_cache(maxsize=2)(_dense)
+
+
+@lru_cache(maxsize=2)
+def kept_masks(pattern: Pattern, q_length: int, k_length: int, device: torch.device) -> _Dense:
+    """The masks of the last patterns that have no tensors."""
+    mask, rows, keys = _dense(pattern, q_length, k_length, device)
+    return _Dense(mask, *(None if used is None or bool(used.all()) else used for used in (rows, keys)))
 
 
 def _masked(call: Call) -> Tensor:
@@ -126,21 +132,25 @@ def _masked(call: Call) -> Tensor:
     problem, device = call.problem, call.query.device
     lengths = problem.q_length, problem.k_length
     bias = _bias(call)
-    keepable = bias is None and device.type == "cpu" and "vmap" not in problem.features
-    if keepable and not problem.schedule.slots and not torch.compiler.is_compiling():
-        make = kept_masks if lengths[0] * lengths[1] <= KEPT_PAIRS else _dense
-        mask, rows, keys = make(call.pattern, *lengths, device)
+    rows: Tensor | None
+    keys: Tensor | None
+    if bias is not None:
+        pairs = call.pattern.dense(*lengths, device) & (bias != -torch.inf)
+        rows, keys = pairs.any(-1, keepdim=True), pairs.any(2).any(1)[:, None, :, None]
+        mask = bias.where(pairs, torch.zeros_like(rows, dtype=bias.dtype).where(~rows, -torch.inf))
+    elif _keepable(call):
+        mask, rows, keys = kept_masks(call.pattern, *lengths, device)
     else:
-        mask = call.pattern.dense(*lengths, device)
-        if bias is not None:
-            mask = mask & (bias != -torch.inf)
-        rows, keys = mask.any(-1, keepdim=True), mask.any(2).any(1)[:, None, :, None]
-        if bias is None:
-            mask = mask | ~rows
-        else:
-            mask = bias.where(mask, torch.zeros_like(rows, dtype=bias.dtype).where(~rows, -torch.inf))
+        mask, rows, keys = _dense(call.pattern, *lengths, device)
     query, key, value = _blank(call.query, rows), _blank(call.key, keys), _blank(call.value, keys)
     return _blank(_sdpa(query, key, value, mask, **_options(call)), rows)
+
+
+def _keepable(call: Call) -> bool:
+    problem = call.problem
+    if torch.compiler.is_compiling() or "vmap" in problem.features or problem.schedule.slots:
+        return False
+    return call.query.device.type == "cpu" and problem.q_length * problem.k_length <= KEPT_PAIRS
 
 
 def _bias(call: Call) -> Tensor | None:
