@@ -33,6 +33,8 @@ const Entry ENTRIES[] = {
     {&TIER_AVX2, has_avx2},
     {&TIER_AVX512, has_avx512},
     {&TIER_AVX512_BF16, has_avx512_bf16},
+#elif defined(__aarch64__)
+    {&TIER_NEON, [] { return true; }}, // every aarch64 processor has it
 #endif
 };
 constexpr int COUNT = sizeof ENTRIES / sizeof *ENTRIES;

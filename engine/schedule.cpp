@@ -189,6 +189,40 @@ Schedule::Schedule(const heedful_schedule &source, int64_t batch, int64_t q_leng
     batch_begin_.push_back(atoms_.size());
 }
 
+int64_t Schedule::common_step(int64_t &residue) const {
+    int64_t step = 0;
+    for (const Atom &atom : atoms_) {
+        if (atom.step == 1 || !atom.interval_of_step()) return 1;
+        int64_t a = step, b = atom.step;
+        while (b) std::swap(a %= b, b);
+        step = a;
+    }
+    if (step <= 1) return 1;
+    residue = modulo(atoms_[0].residue, step);
+    for (const Atom &atom : atoms_)
+        if (modulo(atom.residue, step) != residue) return 1;
+    return step;
+}
+
+Schedule::Schedule(const Schedule &whole, int64_t step, int64_t query_class, int64_t key_class, int64_t q_length,
+                   int64_t k_length)
+    : q_length_(q_length), k_length_(k_length), shared_(whole.shared_), atoms_(whole.atoms_),
+      batch_begin_(whole.batch_begin_) {
+    const auto up = [step](int64_t x) { return -floor_divide(-x, step); };
+    const int64_t shift = key_class - query_class;
+    for (Atom &atom : atoms_) {
+        atom.q_begin = std::max<int64_t>(0, up(atom.q_begin - query_class));
+        atom.q_end = std::min(q_length, up(atom.q_end - query_class));
+        atom.k_begin = std::max<int64_t>(0, up(atom.k_begin - key_class));
+        atom.k_end = std::min(k_length, up(atom.k_end - key_class));
+        atom.d_low = up(atom.d_low - shift);
+        atom.d_high = floor_divide(atom.d_high - shift, step);
+        const int64_t own = atom.step / step;
+        atom.residue = modulo(floor_divide(atom.residue - shift, step), own);
+        atom.step = own;
+    }
+}
+
 void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_index, const heedful_schedule &source) {
     AtomReader reader(source, batch_index, q_length_, k_length_);
     struct Documents {
@@ -305,31 +339,64 @@ int64_t Schedule::work(int64_t batch_index, int64_t q_begin, int64_t q_end) cons
     return total;
 }
 
-void Schedule::row_bits(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin,
-                        int64_t low, int64_t high, uint64_t *bits) const {
-    std::memset(bits, 0, BLOCK_WORDS * sizeof *bits);
-    const int64_t k_end = std::min(k_begin + KEY_BLOCK, k_length_);
-    if (atom.step == 1) {
-        set_range(bits, low - k_begin, high - k_begin);
-    } else {
-        for (int64_t j = low + modulo(atom.residue - (low - query), atom.step); j < high; j += atom.step)
-            bits[(j - k_begin) / 64] |= uint64_t(1) << ((j - k_begin) % 64);
-    }
-    for (int32_t f = atom.filter_begin; f < atom.filter_end; ++f) {
-        const Filter &filter = filters_[f];
-        const uint8_t *line = filter.data + batch_index * filter.stride[0] + head * filter.stride[1] +
-                              query / filter.size * filter.stride[2];
-        uint64_t allowed[BLOCK_WORDS] = {};
-        if (filter.size == 1) {
-            gather_bits(line, filter.stride[3], k_begin, k_end - k_begin, allowed);
-        } else {
-            for (int64_t block = low / filter.size; block * filter.size < high; ++block)
-                if (line[block * filter.stride[3]])
-                    set_range(allowed, block * filter.size - k_begin, (block + 1) * filter.size - k_begin);
+// What the filters of one atom let through of a key block: the same for all rows that read the same lines.
+class Schedule::Sieve {
+  public:
+    // Whether a map of blocks lets a pair of the ranges through; true where that would take reading a mask.
+    static bool reaches(const Schedule &schedule, const Atom &atom, int64_t batch_index, int64_t first_head,
+                        int64_t heads, int64_t q_first, int64_t q_last, int64_t low, int64_t high) {
+        for (int32_t f = atom.filter_begin; f < atom.filter_end; ++f) {
+            const Filter &filter = schedule.filters_[f];
+            if (filter.size == 1) continue;
+            bool any = false;
+            for (int64_t h = 0; h < (filter.stride[1] ? heads : 1) && !any; ++h)
+                for (int64_t i = q_first / filter.size; i <= q_last / filter.size && !any; ++i) {
+                    const uint8_t *line = filter.data + batch_index * filter.stride[0] +
+                                          (first_head + h) * filter.stride[1] + i * filter.stride[2];
+                    for (int64_t j = low / filter.size; j * filter.size < high && !any; ++j)
+                        any = line[j * filter.stride[3]];
+                }
+            if (!any) return false;
         }
-        for (int word = 0; word < BLOCK_WORDS; ++word) bits[word] &= allowed[word];
+        return true;
     }
-}
+
+    const uint64_t *bits(const Schedule &schedule, const Atom &atom, int64_t batch_index, int64_t head, int64_t query,
+                         int64_t k_begin, int64_t k_end) {
+        const uint8_t *line[KEPT] = {};
+        const int32_t count = atom.filter_end - atom.filter_begin;
+        for (int32_t n = 0; n < std::min(count, KEPT); ++n) {
+            const Filter &filter = schedule.filters_[atom.filter_begin + n];
+            line[n] = filter.data + batch_index * filter.stride[0] + head * filter.stride[1] +
+                      query / filter.size * filter.stride[2];
+        }
+        if (known_ && count <= KEPT && std::equal(line, line + KEPT, line_)) return bits_;
+        known_ = true;
+        std::copy(line, line + KEPT, line_);
+        std::memset(bits_, 0xff, sizeof bits_);
+        for (int32_t n = 0; n < count; ++n) {
+            const Filter &filter = schedule.filters_[atom.filter_begin + n];
+            const uint8_t *at = filter.data + batch_index * filter.stride[0] + head * filter.stride[1] +
+                                query / filter.size * filter.stride[2];
+            uint64_t allowed[BLOCK_WORDS] = {};
+            if (filter.size == 1) {
+                gather_bits(at, filter.stride[3], k_begin, k_end - k_begin, allowed);
+            } else {
+                for (int64_t block = k_begin / filter.size; block * filter.size < k_end; ++block)
+                    if (at[block * filter.stride[3]])
+                        set_range(allowed, block * filter.size - k_begin, (block + 1) * filter.size - k_begin);
+            }
+            for (int word = 0; word < BLOCK_WORDS; ++word) bits_[word] &= allowed[word];
+        }
+        return bits_;
+    }
+
+  private:
+    static constexpr int32_t KEPT = 2;
+    bool known_ = false;
+    const uint8_t *line_[KEPT] = {};
+    uint64_t bits_[BLOCK_WORDS];
+};
 
 AtomSelection::AtomSelection(const Schedule &schedule, int64_t batch_index, int64_t q_begin, int64_t q_end)
     : schedule_(schedule), batch_index_(batch_index) {
@@ -360,25 +427,56 @@ void AtomSelection::hull(int64_t q_begin, int64_t q_end, int64_t &low, int64_t &
     }
 }
 
-void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row, int rows, int64_t k_begin, int unit,
-                           Expansion &out) const {
-    const int64_t k_end = std::min(k_begin + KEY_BLOCK, schedule_.k_length_);
+// With chunks the rows of a key end where its own chunk's do; without, where its diagonals do.
+void AtomSelection::rows_hull(int64_t k_begin, int64_t k_end, int64_t &low, int64_t &high) const {
+    low = schedule_.q_length_;
+    high = 0;
+    for (int64_t a = 0; a < count_; ++a) {
+        const Atom &atom = schedule_.atoms_[atoms_[a]];
+        const int64_t first = std::max(k_begin, atom.k_begin), last = std::min(k_end, atom.k_end) - 1;
+        if (first > last) continue;
+        int64_t begin = std::max(atom.q_begin, first - atom.d_high), end = std::min(atom.q_end, last - atom.d_low + 1);
+        for (int32_t c = atom.chunk_begin; c < atom.chunk_end; ++c) {
+            const Chunk &chunk = schedule_.chunks_[c];
+            const int64_t shift = chunk.q_origin - chunk.offset;
+            begin = std::max(begin, floor_divide(first - chunk.k_origin, chunk.size) * chunk.size + shift);
+            end = std::min(end, (floor_divide(last - chunk.k_origin, chunk.size) + 1) * chunk.size + shift);
+        }
+        if (begin >= end) continue;
+        low = std::min(low, begin);
+        high = std::max(high, end);
+    }
+}
+
+void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row, int rows, int64_t k_begin,
+                           int64_t keys, int unit, Expansion &out) const {
+    const int64_t k_end = std::min(k_begin + keys, schedule_.k_length_);
     const int64_t first = first_row / group, last = (first_row + rows - 1) / group;
     const int units = int((k_end - k_begin + unit - 1) / unit);
-    bool any = false, full = false;
+    out.unit_count = 0;
+    bool full = false;
+    // The atoms that reach the tile; beyond so many, all of them are gone through for every row.
+    constexpr int64_t MAX_ACTIVE = 16;
+    int32_t near[MAX_ACTIVE];
+    int64_t active = 0;
     for (int64_t a = 0; a < count_; ++a) {
         const Atom &atom = schedule_.atoms_[atoms_[a]];
         if (atom.q_end <= first || atom.q_begin > last) continue;
+        const int64_t begin = std::max(first, atom.q_begin), end = std::min(last, atom.q_end - 1);
         int64_t low, inner_low, high, inner_high;
-        schedule_.row_range(atom, std::max(first, atom.q_begin), low, inner_high);
-        schedule_.row_range(atom, std::min(last, atom.q_end - 1), inner_low, high);
+        schedule_.row_range(atom, begin, low, inner_high);
+        schedule_.row_range(atom, end, inner_low, high);
         if (high <= k_begin || low >= k_end) continue;
-        any = true;
+        if (atom.filter_begin != atom.filter_end &&
+            !Schedule::Sieve::reaches(schedule_, atom, batch_index_, first_head, group, begin, end,
+                                      std::max(low, k_begin), std::min(high, k_end)))
+            continue;
+        if (active < MAX_ACTIVE) near[active] = atoms_[a];
+        ++active;
         full |= atom.interval() && atom.q_begin <= first && last < atom.q_end && inner_low <= k_begin &&
                 k_end <= inner_high;
     }
-    out.unit_count = 0;
-    if (!any) return;
+    if (active == 0) return;
     if (full && (k_end - k_begin) % unit == 0) {
         for (int u = 0; u < units; ++u) {
             out.index[u] = uint8_t(u);
@@ -387,8 +485,11 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
         out.unit_count = units;
         return;
     }
+    const int32_t *atoms = active <= MAX_ACTIVE ? near : atoms_;
+    if (active > MAX_ACTIVE) active = count_;
     uint64_t used[BLOCK_WORDS] = {}, all[BLOCK_WORDS];
     std::memset(all, 0xff, sizeof all);
+    Schedule::Sieve sieves[MAX_ACTIVE];
     int64_t query = first, member = first_row % group; // of the group: its head
     for (int r = 0; r < rows; ++r, ++member) {
         if (member == group) {
@@ -399,8 +500,8 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
             continue;
         }
         uint64_t bits[BLOCK_WORDS] = {};
-        for (int64_t a = 0; a < count_; ++a) {
-            const Atom &atom = schedule_.atoms_[atoms_[a]];
+        for (int64_t a = 0; a < active; ++a) {
+            const Atom &atom = schedule_.atoms_[atoms[a]];
             if (query < atom.q_begin || query >= atom.q_end) continue;
             int64_t low, high;
             schedule_.row_range(atom, query, low, high);
@@ -411,9 +512,20 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
                 set_range(bits, low - k_begin, high - k_begin);
                 continue;
             }
-            uint64_t others[BLOCK_WORDS];
-            schedule_.row_bits(atom, batch_index_, first_head + member, query, k_begin, low, high, others);
-            for (int word = 0; word < BLOCK_WORDS; ++word) bits[word] |= others[word];
+            uint64_t own[BLOCK_WORDS] = {};
+            if (atom.step == 1) {
+                set_range(own, low - k_begin, high - k_begin);
+            } else {
+                for (int64_t j = low + modulo(atom.residue - (low - query), atom.step); j < high; j += atom.step)
+                    own[(j - k_begin) / 64] |= uint64_t(1) << ((j - k_begin) % 64);
+            }
+            if (atom.filter_begin != atom.filter_end) {
+                Schedule::Sieve unkept, &sieve = atoms == near ? sieves[a] : unkept;
+                const uint64_t *allowed =
+                    sieve.bits(schedule_, atom, batch_index_, first_head + member, query, k_begin, k_end);
+                for (int word = 0; word < BLOCK_WORDS; ++word) own[word] &= allowed[word];
+            }
+            for (int word = 0; word < BLOCK_WORDS; ++word) bits[word] |= own[word];
         }
         for (int word = 0; word < BLOCK_WORDS; ++word) {
             out.row[r][word] = bits[word];
@@ -444,7 +556,7 @@ extern "C" heedful_status heedful_schedule_mask(const heedful_schedule *source, 
             const AtomSelection selection(schedule, batch_index, i, i + 1);
             for (int64_t k = 0; k < k_length; k += KEY_BLOCK) {
                 // With a group of one, row i is query i of the first head.
-                selection.expand(head_index, 1, i, 1, k, 4, seen);
+                selection.expand(head_index, 1, i, 1, k, KEY_BLOCK, 4, seen);
                 const int64_t count = std::min(KEY_BLOCK, k_length - k);
                 uint8_t *line = mask + i * k_length + k;
                 std::memset(line, 0, count);
@@ -471,7 +583,7 @@ extern "C" heedful_status heedful_schedule_tiles(const heedful_schedule *source,
             std::memset(line, 0, columns);
             const AtomSelection selection(schedule, batch_index, i, i + rows);
             for (int64_t k = 0; k < k_length; k += KEY_BLOCK) {
-                selection.expand(head_index, 1, i, rows, k, int(tile_k), seen);
+                selection.expand(head_index, 1, i, rows, k, KEY_BLOCK, int(tile_k), seen);
                 for (int u = 0; u < seen.unit_count; ++u) line[k / tile_k + seen.index[u]] = seen.partial[u] ? 1 : 2;
             }
         }

@@ -29,12 +29,21 @@ struct Atom {
     int32_t chunk_begin, chunk_end, filter_begin, filter_end;
 
     bool interval() const { return step == 1 && filter_begin == filter_end; }
+    // Its diagonals are the only restriction beside its ends.
+    bool interval_of_step() const { return filter_begin == filter_end && chunk_begin == chunk_end; }
 };
 
 class Schedule {
   public:
     // Throws InvalidArgument (error.h) on a code that does not decode.
     Schedule(const heedful_schedule &source, int64_t batch, int64_t q_length, int64_t k_length);
+
+    // The step g, 1 where there is none, such that every pair has j - i = residue (mod g): the queries and keys then
+    // fall into g classes that have nothing to do with each other, each dense where the whole is not.
+    int64_t common_step(int64_t &residue) const;
+    // The same pairs within one class, queries and keys counted there.
+    Schedule(const Schedule &whole, int64_t step, int64_t query_class, int64_t key_class, int64_t q_length,
+             int64_t k_length);
 
     // Whether heads differ: then the rows of one query must be expanded one by one.
     bool per_head() const { return per_head_; }
@@ -50,9 +59,7 @@ class Schedule {
     friend class AtomSelection;
     void add_atoms(const int64_t *code, int64_t length, int64_t batch_index, const heedful_schedule &source);
     void row_range(const Atom &atom, int64_t query, int64_t &low, int64_t &high) const;
-    // One row of an atom that is no plain interval in the block at k_begin, keys [low, high) being its range.
-    void row_bits(const Atom &atom, int64_t batch_index, int64_t head, int64_t query, int64_t k_begin, int64_t low,
-                  int64_t high, uint64_t *bits) const;
+    class Sieve;
 
     int64_t q_length_, k_length_;
     bool shared_ = true; // one list of atoms serves every batch item

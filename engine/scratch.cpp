@@ -35,8 +35,9 @@ Pool &pool() {
     return *instance;
 }
 
-// More idle blocks than this are freed: as many as threads that one call is likely to use.
-constexpr size_t MAX_IDLE = 64;
+// More idle blocks than this are freed, as many as threads that one call is likely to use; and more bytes: only the
+// running gradients of long sequences are so large, and their pages are a small part of such a call.
+constexpr size_t MAX_IDLE = 64, MAX_IDLE_BYTES = size_t(64) << 20;
 
 } // namespace
 
@@ -61,18 +62,25 @@ ScratchBlock::ScratchBlock(size_t bytes) : data_(nullptr), bytes_((bytes + 4095)
 }
 
 ScratchBlock::~ScratchBlock() {
-    Block evicted = {nullptr, 0};
+    Block evicted[MAX_IDLE + 1];
+    size_t count = 0;
     {
         std::lock_guard<std::mutex> lock(pool().mutex);
         std::vector<Block> &idle = pool().idle;
-        if (idle.size() >= MAX_IDLE) {
-            evicted = idle.front();
-            idle.erase(idle.begin());
-        }
-        idle.reserve(MAX_IDLE);
+        idle.reserve(MAX_IDLE + 1);
         idle.push_back({data_, bytes_});
+        size_t bytes = 0;
+        for (const Block &block : idle) bytes += block.bytes;
+        while (idle.size() > MAX_IDLE || bytes > MAX_IDLE_BYTES) {
+            // The oldest first, save where the new one alone is too large.
+            const size_t which = bytes_ > MAX_IDLE_BYTES ? idle.size() - 1 : 0;
+            bytes -= idle[which].bytes;
+            evicted[count++] = idle[which];
+            idle.erase(idle.begin() + std::ptrdiff_t(which));
+            if (which) break;
+        }
     }
-    std::free(evicted.data);
+    for (size_t i = 0; i < count; ++i) std::free(evicted[i].data);
 }
 
 } // namespace heedful

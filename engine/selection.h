@@ -4,16 +4,11 @@
 
 #include <cstdint>
 
+#include "kernels/blocking.h"
+
 namespace heedful {
 
 class Schedule;
-
-// Keys are split at fixed absolute multiples of this, whatever the schedule, so that a row's rounding
-// depends on its own keys alone. 256 scores of 24 rows stay in a 32 KiB L1 beside the operands.
-constexpr int64_t KEY_BLOCK = 256;
-constexpr int BLOCK_WORDS = KEY_BLOCK / 64;
-constexpr int MAX_TILE_ROWS = 24;
-constexpr int MAX_UNITS = 64; // a unit is at least 4 keys
 
 // What one tile of rows sees of one key block. Units are runs of `unit` keys, counted from the block's
 // begin; only those with a pair that counts are listed.
@@ -37,9 +32,11 @@ class AtomSelection {
     void hull(int64_t q_begin, int64_t q_end, int64_t &low, int64_t &high) const;
 
     // Rows: row r of the tile is query (first_row + r) / group of head first_head + (first_row + r) % group.
-    // Keys: the block that begins at k_begin (a multiple of KEY_BLOCK).
-    void expand(int64_t first_head, int64_t group, int64_t first_row, int rows, int64_t k_begin, int unit,
+    // Keys: the `keys` (at most KEY_BLOCK, whole words of 64) from k_begin on.
+    void expand(int64_t first_head, int64_t group, int64_t first_row, int rows, int64_t k_begin, int64_t keys, int unit,
                 Expansion &out) const;
+    // The smallest range [low, high) of queries that see a key of [k_begin, k_end).
+    void rows_hull(int64_t k_begin, int64_t k_end, int64_t &low, int64_t &high) const;
 
   private:
     const Schedule &schedule_;

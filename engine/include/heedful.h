@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define HEEDFUL_ABI_VERSION 1
+#define HEEDFUL_ABI_VERSION 2
 #define HEEDFUL_API __attribute__((visibility("default")))
 
 typedef enum heedful_status {
@@ -30,7 +30,8 @@ typedef enum heedful_dtype {
     HEEDFUL_FLOAT16 = 2,
     HEEDFUL_FLOAT64 = 3,
     HEEDFUL_INT32 = 4,
-    HEEDFUL_BOOL = 5 /* one byte, 0 or 1 */
+    HEEDFUL_BOOL = 5, /* one byte, 0 or 1 */
+    HEEDFUL_INT64 = 6
 } heedful_dtype;
 
 /* A view of memory that the caller owns. Strides count elements and may be 0 (broadcast). */
@@ -61,18 +62,76 @@ typedef struct heedful_threads {
     void *pool;
 } heedful_threads;
 
+/* What happens to a score s = scale * query . key before the softmax, in this order, and to the weights after
+ * it. All zero: nothing. A tensor whose data is NULL is left out.
+ *
+ * softcap       > 0: s = softcap * tanh(s / softcap)
+ * bias          (B, H, Lq, Lk), each size may be 1, query's dtype or FLOAT32: added; -inf excludes the pair
+ * alibi_slopes  (B or 1, H), query's dtype or FLOAT32: -slope * |i + offset - j| is added, where
+ * query_offset  (B or 1), INT32, is the offset; Lk - Lq where it is left out
+ * sinks         (H), query's dtype or FLOAT32: a score that joins each row's denominator and lse
+ * dropout_p     each weight is zeroed with this probability, the others grow by 1 / (1 - dropout_p); weight
+ *               (b, h, i, j) takes word (j / 16) % 4 of Philox4x32-10 with the seed as key and the counter
+ *               (16 * (j / 64) + j % 16, i, h, b), and is kept where that word is at least dropout_p * 2^32 */
+typedef struct heedful_features {
+    heedful_tensor bias, alibi_slopes, query_offset, sinks;
+    double softcap, dropout_p;
+    uint64_t seed;
+} heedful_features;
+
 /* out = softmax(scale * query key^T, over the pairs that count) value.
  *
  * query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, H, Lq, Dv): one dtype, any
- * strides; H % Hkv == 0. lse (B, H, Lq), FLOAT32 (FLOAT64 for FLOAT64 inputs), natural logarithm; its
- * data may be NULL. A query with no key gets output 0 and lse -inf. */
+ * strides; H % Hkv == 0. lse (B, H, Lq), FLOAT32 (FLOAT64 for FLOAT64 inputs), contiguous, natural logarithm;
+ * its data may be NULL. A query with no key gets output 0 and lse -inf (the sink where there is one).
+ *
+ * pages (B, n), INT32, its data NULL for none: key and value are then pools (blocks, Hkv, P, D or Dv), Lk is
+ * n * P, and key j of batch item b is row j % P of block pages[b][j / P]. Entries that no pair reaches are not
+ * read. */
 typedef struct heedful_forward {
     heedful_tensor query, key, value, out, lse;
     double scale;
     heedful_schedule schedule;
+    heedful_features features;
+    heedful_tensor pages;
 } heedful_forward;
 
 HEEDFUL_API heedful_status heedful_attention_forward(const heedful_forward *arguments, const heedful_threads *threads);
+
+/* Gradients of the forward call with the same arguments, which left out and lse.
+ *
+ * grad_out as out; grad_lse (B, H, Lq) as lse, or NULL; grad_weights (B, H, Lq, Lk) in query's dtype, any
+ * strides, or NULL: what arrived for weights returned by heedful_attention_weights. For those, the caller
+ * subtracts the row sums of weights * grad_weights from grad_lse.
+ * Written: grad_query, grad_key, grad_value as query, key, value (any strides); delta (B, H, Lq) as lse, the
+ * row sums of grad_out * out less grad_lse, from which the gradient of sinks is -sum exp(sink - lse) * delta;
+ * grad_bias, or NULL: contiguous (bias's B, H, Lq sizes, Lk) in lse's dtype; grad_slopes, or NULL: contiguous
+ * (B, H, Lq) in lse's dtype, each row's share of the gradient of its alibi slope. */
+typedef struct heedful_backward {
+    heedful_tensor query, key, value, out, lse, grad_out, grad_lse, grad_weights;
+    heedful_tensor grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes;
+    double scale;
+    heedful_schedule schedule;
+    heedful_features features;
+} heedful_backward;
+
+HEEDFUL_API heedful_status heedful_attention_backward(const heedful_backward *arguments,
+                                                      const heedful_threads *threads);
+
+/* The weights exp(score - lse) of the pairs that count, after dropout, given the lse of the forward call. With
+ * sinks they sum to less than 1. One of three outputs, by whose data is not NULL:
+ * weights  dense (B, H, Lq, Lk), query's dtype, any strides, 0 where a pair does not count
+ * values   (n), query's dtype, contiguous, with indices (4, n), INT64, the b, h, i, j of each, and row_begin
+ *          (B, H, Lq), INT64, contiguous: where each row's pairs begin, by ascending j
+ * counts   (B, H, Lq), INT64, contiguous: pairs of each row */
+typedef struct heedful_weights {
+    heedful_tensor query, key, lse, weights, values, indices, row_begin, counts;
+    double scale;
+    heedful_schedule schedule;
+    heedful_features features;
+} heedful_weights;
+
+HEEDFUL_API heedful_status heedful_attention_weights(const heedful_weights *arguments, const heedful_threads *threads);
 
 /* The schedule expanded for one batch item and head, as the kernels expand it.
  * mask: q_length * k_length bytes, 1 where the pair counts.
@@ -95,6 +154,14 @@ HEEDFUL_API int32_t heedful_isa_count(void);
 HEEDFUL_API const char *heedful_isa_name(int32_t index);
 HEEDFUL_API int32_t heedful_isa_runnable(int32_t index); /* 1 where this processor has it, whatever the cap */
 HEEDFUL_API int32_t heedful_isa_selected(void);          /* index of the tier in use */
+
+/* The engine's own constants, by index: a cost model picks each from the shape and the tier; a value above 0 takes
+ * its place, 0 gives it back. Setting one while calls run gives each call either value. Bits of results may
+ * differ between values, never between thread counts. */
+HEEDFUL_API int32_t heedful_tuning_count(void);
+HEEDFUL_API const char *heedful_tuning_name(int32_t index);
+HEEDFUL_API int64_t heedful_tuning_get(int32_t index);
+HEEDFUL_API heedful_status heedful_tuning_set(int32_t index, int64_t value);
 
 /* Frees the scratch memory that idle threads keep between calls, and says how many bytes it was. */
 HEEDFUL_API int64_t heedful_clear_caches(void);

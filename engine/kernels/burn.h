@@ -1,5 +1,13 @@
 // Ceilings of the machine as this tier can use it. Included by each tier's source after forward.h.
 
+#if defined(__aarch64__)
+#define VECTOR_REGISTER "w"
+#elif defined(__AVX512F__)
+#define VECTOR_REGISTER "v"
+#else
+#define VECTOR_REGISTER "x"
+#endif
+
 template <class A> double burn(int64_t rounds) {
     typedef Real<typename A::Number> R;
     constexpr int SUMS = PANEL * 2;
@@ -11,11 +19,11 @@ template <class A> double burn(int64_t rounds) {
 #pragma GCC unroll 24
         for (int i = 0; i < SUMS; ++i) sum[i] = A::madd(sum[i], scalar, operand);
         // The compiler must not see that the operands never change.
-        asm volatile("" : "+x"(operand));
+        asm volatile("" : "+" VECTOR_REGISTER(operand));
     }
     typename R::V all = {};
     for (int i = 0; i < SUMS; ++i) all += sum[i];
-    asm volatile("" : : "x"(all));
+    asm volatile("" : : VECTOR_REGISTER(all));
     return 2.0 * double(rounds) * SUMS * R::LANES * A::PER_WORD;
 }
 

@@ -15,13 +15,35 @@ template <class A> struct Pack {
     // The keys or values of one head.
     struct Matrix {
         const Input *data;
-        int64_t row_stride, column_stride, length, width;
+        const int32_t *page; // of the batch item; null for none
+        int64_t row_stride, column_stride, length, width, block_stride, page_stride, page_size;
 
-        Matrix(const char *tensor, const int64_t *stride, int64_t batch_index, int64_t head, int64_t length,
+        Matrix(const char *tensor, const int64_t *stride, const Inputs &call, int64_t batch_index, int64_t kv_head,
                int64_t width)
-            : data(reinterpret_cast<const Input *>(tensor) + batch_index * stride[0] + head * stride[1]),
-              row_stride(stride[2]), column_stride(stride[3]), length(length), width(width) {}
-        const Input *row(int64_t index) const { return data + index * row_stride; }
+            : data(reinterpret_cast<const Input *>(tensor) + kv_head * stride[1]), page(nullptr), row_stride(stride[2]),
+              column_stride(stride[3]), length(call.k_length), width(width), block_stride(stride[0]),
+              page_stride(call.pages.stride), page_size(call.pages.size) {
+            if (call.pages.table) page = call.pages.table + batch_index * call.pages.batch_stride;
+            else data += batch_index * block_stride;
+        }
+
+        // Where rows [first, first + count) lie; null past the last.
+        INLINE void rows(int64_t first, int count, const Input **row) const {
+            int64_t left = length - first;
+            left = left < 0 ? 0 : left < count ? left : count;
+            int r = 0;
+            if (!page) {
+                for (const Input *at = data + first * row_stride; r < left; ++r, at += row_stride) row[r] = at;
+            } else {
+                while (r < left) {
+                    const int64_t key = first + r, number = key / page_size, within = key - number * page_size;
+                    const Input *at = data + page[number * page_stride] * block_stride + within * row_stride;
+                    int64_t run = page_size - within;
+                    for (run = run < left - r ? run : left - r; run > 0; --run, at += row_stride) row[r++] = at;
+                }
+            }
+            for (; r < count; ++r) row[r] = nullptr;
+        }
     };
 
     // Words of one row: whole vectors while they last, then one word at a time.
@@ -58,42 +80,55 @@ template <class A> struct Pack {
                     target[step * target_stride + r] = A::negate(target[step * target_stride + r]);
     }
 
+    // Rows become panels: target[(r / PANEL) * steps * PANEL + step * PANEL + r % PANEL]. In ascending order, because
+    // what a panel's last step writes past its own rows belongs to the next panel.
+    static void panels(const Input *const *row, int64_t rows, int64_t stride, int64_t length, int64_t steps,
+                       Word *target, bool negate) {
+        for (int64_t first = 0; first < rows; first += PANEL, target += PANEL * steps) {
+            // The last part first: what it writes past the panel falls into the next step's first rows.
+            for (int part = (PANEL - 1) / LANES * LANES; part >= 0; part -= LANES) {
+                int64_t left = rows - first - part;
+                left = left < 0 ? 0 : left < PANEL - part ? left : PANEL - part;
+                columns(row + (left ? first + part : 0), int(left < LANES ? left : LANES), stride, length, steps,
+                        target + part, PANEL, negate);
+            }
+        }
+    }
+
     // Half of the next unit's rows, which the next pack will want; addresses past the end are harmless.
     static INLINE void prefetch_rows(const Input *row, int64_t stride, int64_t width) {
         for (int r = 0; r < LANES; ++r, row += stride)
             for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(Input))) __builtin_prefetch(row + d, 0, 2);
     }
 
-    // Columns of one unit of keys: target[step * UNIT + key].
+    // Columns of one unit of rows: target[step * UNIT + row]; zero past the last.
     static NOINLINE void keys(const Matrix &keys, int64_t first_key, int64_t steps, Word *target) {
-        const Input *row[LANES];
-        for (int half = 0; half < 2; ++half, first_key += LANES, target += LANES) {
-            const int64_t left = keys.length - first_key;
-            const int count = int(left < 0 ? 0 : left < LANES ? left : LANES);
-            for (int r = 0; r < count; ++r) row[r] = keys.row(first_key + r);
-            if (count > 0) prefetch_rows(row[0] + UNIT * keys.row_stride, keys.row_stride, keys.width);
-            columns(row, count, keys.column_stride, keys.width, steps, target, UNIT, false);
+        const Input *row[UNIT];
+        keys.rows(first_key, UNIT, row);
+        for (int half = 0; half < 2; ++half, target += LANES) {
+            const Input *const *from = row + half * LANES;
+            int count = 0;
+            while (count < LANES && from[count]) ++count;
+            if (count > 0) prefetch_rows(from[0] + UNIT * keys.row_stride, keys.row_stride, keys.width);
+            columns(from, count, keys.column_stride, keys.width, steps, target, UNIT, false);
         }
     }
 
-    // Copies the values of one unit, zero past the last key and the last column; says whether all of them
-    // are finite.
-    static NOINLINE bool values(const Matrix &values, int64_t first_key, Word *target, int64_t value_stride) {
-        const int64_t stride = values.column_stride, width = values.width;
+    // Copies `count` rows that lie anywhere (null: zero) to target[row / PER_WORD][column], zero past the last
+    // column; says whether all of them are finite.
+    static INLINE bool copy_rows(const Input *const *row, int count, int64_t stride, int64_t width, Word *target,
+                                 int64_t target_stride) {
         V suspect = {}; // NaN as soon as a value is not finite: x * 0 is
-        for (int k = 0; k < UNIT; k += A::PER_WORD, target += value_stride) {
-            const int64_t key = first_key + k;
-            if (key >= values.length) {
-                for (int64_t d = 0; d < value_stride; ++d) target[d] = A::zero();
+        for (int k = 0; k < count; k += A::PER_WORD, target += target_stride) {
+            const Input *first_row = row[k], *next = A::PER_WORD == 2 && k + 1 < count ? row[k + 1] : nullptr;
+            if (!first_row && !next) {
+                for (int64_t d = 0; d < target_stride; ++d) target[d] = A::zero();
                 continue;
             }
-            const Input *row = values.row(key);
-            if (k % LANES == 0) prefetch_rows(row + UNIT * values.row_stride, values.row_stride, width);
-            const Input *next = key + 1 < values.length ? row + values.row_stride : nullptr;
             int64_t d = 0;
             if (stride == 1) {
                 for (; d + LANES <= width; d += LANES) {
-                    const V first = widen(row + d);
+                    const V first = first_row ? widen(first_row + d) : V{};
                     suspect += first * R::set1(0);
                     if constexpr (A::PER_WORD == 1) {
                         W::store(target + d, first);
@@ -106,13 +141,24 @@ template <class A> struct Pack {
                 }
             }
             for (; d < width; ++d) {
-                const Input first = row[d * stride], second = next ? next[d * stride] : Input{};
+                const Input first = first_row ? first_row[d * stride] : Input{},
+                            second = next ? next[d * stride] : Input{};
                 target[d] = A::word(first, second);
                 suspect[0] += widen1(first) * 0 + (A::PER_WORD == 2 ? widen1(second) * 0 : 0);
             }
-            for (; d < value_stride; ++d) target[d] = A::zero();
+            for (; d < target_stride; ++d) target[d] = A::zero();
         }
         return R::reduce_add(suspect) == 0;
+    }
+
+    // One unit of values; says whether all of them are finite.
+    static NOINLINE bool values(const Matrix &values, int64_t first_key, Word *target, int64_t value_stride) {
+        const Input *row[UNIT];
+        values.rows(first_key, UNIT, row);
+        for (int half = 0; half < 2; ++half)
+            if (row[half * LANES])
+                prefetch_rows(row[half * LANES] + UNIT * values.row_stride, values.row_stride, values.width);
+        return copy_rows(row, UNIT, values.column_stride, values.width, target, value_stride);
     }
 
     // A copy of a unit's values in which the keys that no row of the tile uses are zero: a weight of zero

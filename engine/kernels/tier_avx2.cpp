@@ -4,27 +4,9 @@
 
 namespace heedful {
 namespace {
-#include "simd.h"
-
-#include "arithmetic.h"
-
-#include "tiles.h"
-
-#include "pack.h"
-
-#include "forward.h"
-
-#include "burn.h"
-
-typedef Single<float, bfloat16> BFloat16;
+#include "table.h"
 } // namespace
 
-const Tier TIER_AVX2 = {
-    "avx2",
-    {Forward<Single<float, float>>::kernel(), Forward<BFloat16>::kernel(), Forward<Single<float, float16>>::kernel(),
-     Forward<Single<double, double>>::kernel()},
-    {burn<Single<float, float>>, burn<BFloat16>, burn<Single<float, float16>>, burn<Single<double, double>>},
-    read_all,
-};
+const Tier TIER_AVX2 = tier<Single<float, bfloat16>>("avx2");
 
 } // namespace heedful

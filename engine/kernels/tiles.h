@@ -49,6 +49,8 @@ template <class A> struct Tiles {
             for (int n = 0; n < N; ++n) sum[m][n] = R::load(out + m * out_stride + n * LANES) * decay[m];
         for (int u = 0; u < units; ++u) {
             const Word *line = value[u] + column;
+            // Laid out one after the other, the few steps of a short unit kept sums on the stack.
+#pragma GCC unroll 1
             for (int step = 0; step < UNIT / A::PER_WORD; ++step, line += value_stride, weight += A::PER_WORD) {
                 typename W::V operand[N];
 #pragma GCC unroll 2
@@ -66,6 +68,52 @@ template <class A> struct Tiles {
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) R::store(out + m * out_stride + n * LANES, sum[m][n]);
+    }
+
+    // out[m][0..N vectors) += sum over `steps` of weight[step][m] * value[step][.]: the weights of one row lie side by
+    // side, and the rows are what is summed over.
+    template <int M, int N>
+    static NOINLINE void outer_tile(const Word *weight, int64_t weight_stride, const Word *value, int64_t value_stride,
+                                    int64_t steps, T *out, int64_t out_stride) {
+        V sum[M][N];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) sum[m][n] = R::load(out + m * out_stride + n * LANES);
+        for (int64_t step = 0; step < steps; ++step, weight += weight_stride, value += value_stride) {
+            typename W::V operand[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) operand[n] = W::load(value + n * LANES);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n) sum[m][n] = A::madd(sum[m][n], weight[m], operand[n]);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) R::store(out + m * out_stride + n * LANES, sum[m][n]);
+    }
+
+    // Those of a tile's units in which a row of one panel has a pair that counts, by their place in the tile's list:
+    // where a pattern is finer than a tile, its panels see different keys.
+    struct Listed {
+        int count;
+        uint8_t at[UNITS];
+    };
+    static INLINE void list_units(const Expansion &seen, int first, int rows, Listed &listed) {
+        listed.count = 0;
+        for (int u = 0; u < seen.unit_count; ++u) {
+            uint64_t any = ~uint64_t(0);
+            if (seen.partial[u]) {
+                const int key = seen.index[u] * UNIT;
+                any = 0;
+                for (int r = first; r < first + rows; ++r) any |= seen.row[r][key / 64];
+                any = any >> (key % 64) & ((uint64_t(1) << (UNIT - 1) << 1) - 1);
+            }
+            listed.at[listed.count] = uint8_t(u);
+            listed.count += any != 0;
+        }
     }
 
     template <int N> struct Count {

@@ -1,196 +1,104 @@
-// The C interface against a plain loop in double, on random shapes, strides, types and schedules, with and
-// without threads. Needs neither Python nor torch, so that sanitizers and emulators can run it.
+// The forward call against plain loops in double: random shapes, strides, types, schedules, features and pages; one
+// query or a few against long caches; and the same bits for any number of threads.
 
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <thread>
-#include <vector>
-
-#include "heedful.h"
+#include "checks.h"
 
 namespace {
 
-constexpr int64_t END = -2, NONE = -1;
-std::mt19937 generator(1);
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-double decode(int32_t dtype, const char *p) {
-    if (dtype == HEEDFUL_FLOAT64) {
-        double x;
-        std::memcpy(&x, p, 8);
-        return x;
-    }
-    float x;
-    if (dtype == HEEDFUL_FLOAT32) {
-        std::memcpy(&x, p, 4);
-        return x;
-    }
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    if (dtype == HEEDFUL_BFLOAT16) {
-        const uint32_t wide = uint32_t(bits) << 16;
-        std::memcpy(&x, &wide, 4);
-        return x;
-    }
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                             : exponent == 0 ? std::ldexp(fraction, -24)
-                                             : std::ldexp(1024 + fraction, exponent - 25);
-    return bits >> 15 ? -magnitude : magnitude;
-}
-
-// Values that every type holds exactly: eighths up to 2.
-void encode(int32_t dtype, char *p, int eighths) {
-    const double x = eighths / 8.0;
-    const float narrow = float(x);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    uint16_t half = uint16_t(bits >> 16);
-    if (dtype == HEEDFUL_FLOAT64) std::memcpy(p, &x, 8);
-    if (dtype == HEEDFUL_FLOAT32) std::memcpy(p, &narrow, 4);
-    if (dtype == HEEDFUL_FLOAT16)
-        half = eighths ? uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13) : uint16_t(0);
-    if (dtype == HEEDFUL_BFLOAT16 || dtype == HEEDFUL_FLOAT16) std::memcpy(p, &half, 2);
-}
-
-constexpr int64_t BYTES[] = {4, 2, 2, 8};
-constexpr double ROUNDOFF[] = {0x1p-24, 0x1p-9, 0x1p-11, 0x1p-53}, WEIGHT_ROUNDOFF[] = {0, 0x1p-9, 0, 0};
-
-// A tensor with gaps between its rows and, now and then, between its columns.
-struct Tensor {
-    std::vector<char> memory;
-    heedful_tensor view = {};
-
-    Tensor(int32_t dtype, std::vector<int64_t> size, bool gaps) {
-        view.dtype = dtype;
-        view.ndim = int32_t(size.size());
-        int64_t stride = gaps && pick(0, 4) == 0 ? 2 : 1;
-        for (int axis = view.ndim - 1; axis >= 0; --axis) {
-            view.size[axis] = size[axis];
-            view.stride[axis] = stride;
-            stride = stride * size[axis] + (gaps ? pick(0, 3) : 0);
-        }
-        memory.resize(size_t((stride + 1) * BYTES[dtype]), char(0xff)); // NaN in every type
-        view.data = memory.data();
-    }
-    char *at(int64_t b, int64_t h, int64_t i, int64_t d) {
-        const int64_t *s = view.stride;
-        return memory.data() + (b * s[0] + h * s[1] + i * s[2] + d * s[3]) * BYTES[view.dtype];
-    }
-    void fill() {
-        for (int64_t b = 0; b < view.size[0]; ++b)
-            for (int64_t h = 0; h < view.size[1]; ++h)
-                for (int64_t i = 0; i < view.size[2]; ++i)
-                    for (int64_t d = 0; d < view.size[3]; ++d) encode(view.dtype, at(b, h, i, d), int(pick(-16, 16)));
-    }
-};
-
-std::vector<int64_t> random_schedule() {
-    const int64_t radius = pick(0, 40), size = pick(1, 70);
-    switch (pick(0, 5)) {
-    case 0:
-        return {};
-    case 1:
-        return {1, 1, 0, 2, 1, 0, END, 1, NONE};
-    case 2:
-        return {1, 2, 0, 2, 0, -radius, END, 1, NONE, 0, 2, 1, radius, END, 1, NONE};
-    case 3:
-        return {1, 1, 2, size, 0, END, 1, NONE};
-    case 4:
-        return {2, 1, 0, 1, 1, radius, NONE, 1, NONE, 1, 1, 1 + size % 7, 0, END, 1, NONE};
-    default:
-        return {1, 1, 5, 0};
-    }
-}
-
-void run_on_threads(void *, int64_t count, void (*body)(void *, int64_t), void *argument) {
-    std::vector<std::thread> threads;
-    for (int64_t i = 0; i < count; ++i) threads.emplace_back(body, argument, i);
-    for (std::thread &thread : threads) thread.join();
-}
-
-bool check(int round) {
-    const int32_t dtype = int32_t(round % 4);
-    const int64_t batch = pick(1, 2), kv_heads = pick(1, 2), heads = kv_heads * pick(1, 3), q_length = pick(0, 60),
-                  k_length = pick(0, 4) ? pick(0, 90) : pick(250, 530), dim = pick(1, 40), value_dim = pick(1, 40);
-    Tensor query(dtype, {batch, heads, q_length, dim}, true), key(dtype, {batch, kv_heads, k_length, dim}, true),
-        value(dtype, {batch, kv_heads, k_length, value_dim}, true),
-        out(dtype, {batch, heads, q_length, value_dim}, true);
-    Tensor lse(dtype == HEEDFUL_FLOAT64 ? HEEDFUL_FLOAT64 : HEEDFUL_FLOAT32, {batch, heads, q_length}, false);
-    query.fill();
-    key.fill();
-    value.fill();
-    std::vector<uint8_t> mask_bytes(size_t(batch * heads * q_length * k_length + 1));
-    for (uint8_t &byte : mask_bytes) byte = pick(0, 2) == 0;
-    heedful_tensor mask = {mask_bytes.data(), HEEDFUL_BOOL, 4, {batch, heads, q_length, k_length}, {}};
-    for (int64_t axis = 3, stride = 1; axis >= 0; stride *= mask.size[axis--]) mask.stride[axis] = stride;
-
-    const std::vector<int64_t> code = random_schedule();
-    heedful_forward call = {query.view, key.view, value.view, out.view, lse.view, 0.3, {}};
-    call.schedule = {code.data(), int64_t(code.size()), &mask, 1};
-    const heedful_threads threads = {3, run_on_threads, nullptr};
-    if (heedful_attention_forward(&call, round % 2 ? &threads : nullptr) != HEEDFUL_OK) {
-        std::printf("round %d: %s\n", round, heedful_error_message());
-        return false;
-    }
-    std::vector<uint8_t> pairs(size_t(q_length * k_length + 1));
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t h = 0; h < heads; ++h) {
-            heedful_schedule_mask(&call.schedule, batch, b, h, q_length, k_length, pairs.data());
-            for (int64_t i = 0; i < q_length; ++i) {
-                std::vector<double> weight(size_t(k_length), 0.0);
-                double total = 0, largest = 0;
-                for (int64_t j = 0; j < k_length; ++j) {
-                    if (!pairs[size_t(i * k_length + j)]) continue;
-                    double score = 0;
-                    for (int64_t d = 0; d < dim; ++d)
-                        score += decode(dtype, query.at(b, h, i, d)) *
-                                 decode(dtype, key.at(b, h / (heads / kv_heads), j, d));
-                    largest = std::max(largest, std::fabs(0.3 * score));
-                    total += weight[size_t(j)] = std::exp(0.3 * score);
-                }
-                const double roundoff = dtype == HEEDFUL_FLOAT64 ? 0x1p-53 : 0x1p-24;
-                for (int64_t d = 0; d < value_dim; ++d) {
-                    double wanted = 0, spread = 0;
-                    for (int64_t j = 0; j < k_length; ++j) {
-                        if (weight[size_t(j)] == 0) continue;
-                        const double term =
-                            weight[size_t(j)] / total * decode(dtype, value.at(b, h / (heads / kv_heads), j, d));
-                        wanted += term;
-                        spread += std::fabs(term);
-                    }
-                    const double found = decode(dtype, out.at(b, h, i, d));
-                    const double bound = 8 * (ROUNDOFF[dtype] * std::fabs(wanted) +
-                                              (WEIGHT_ROUNDOFF[dtype] + roundoff * (8 + 4 * largest)) * spread) +
-                                         0x1p-24 * (dtype == HEEDFUL_FLOAT16);
-                    if (!(std::fabs(found - wanted) <= bound)) {
-                        std::printf("round %d: out[%d,%d,%d,%d] is %.9g, not %.9g\n", round, int(b), int(h), int(i),
-                                    int(d), found, wanted);
-                        return false;
-                    }
-                }
-                const double sum = decode(lse.view.dtype,
-                                          lse.memory.data() + ((b * heads + h) * q_length + i) * BYTES[lse.view.dtype]);
-                const double wanted = total > 0 ? std::log(total) : -std::numeric_limits<double>::infinity();
-                if (!(sum == wanted || std::fabs(sum - wanted) <= 8 * 0x1p-24 * (8 + 4 * largest))) {
-                    std::printf("round %d: lse is %.9g, not %.9g\n", round, sum, wanted);
-                    return false;
-                }
+bool check_forward(const Problem &p, int64_t threads, const std::string &what) {
+    const Forward first(p, 1);
+    EXPECT(first.status == HEEDFUL_OK, what + ": " + first.message);
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = 0; h < p.heads; ++h)
+            for (int64_t i = 0; i < p.q_length; ++i) {
+                const Row row(p, b, h, i);
+                for (int64_t d = 0; d < p.value_dim; ++d)
+                    EXPECT_BOUNDED(first.out.get(b, h, i, d), reference::output(p, row, b, h, d),
+                                   what + ": out" + at({b, h, i, d}));
+                EXPECT_BOUNDED(first.lse.get(b, h, i), reference::lse(p, row), what + ": lse" + at({b, h, i}));
             }
-        }
+    const Forward again(p, threads);
+    EXPECT(again.status == HEEDFUL_OK, what + ": " + again.message);
+    EXPECT(again.out.memory == first.out.memory && again.lse.memory == first.lse.memory,
+           what + ": " + std::to_string(threads) + " threads give other bits than one");
     return true;
+}
+
+bool check_strided_output(Source &source, const Problem &p, const std::string &what) {
+    const Forward plain(p, 1);
+    Tensor out = reference::strided(source, p.dtype, {p.batch, p.heads, p.q_length, p.value_dim});
+    const std::vector<char> untouched = out.memory;
+    const heedful_forward call = {p.query.seen(), p.key.seen(), p.value.seen(), out.seen(),    {},
+                                  p.scale,        p.schedule(), p.features(),   p.pages.seen()};
+    EXPECT(heedful_attention_forward(&call, nullptr) == HEEDFUL_OK, what + ": " + heedful_error_message());
+    Tensor rest = out;
+    bool same = true;
+    out.each([&](int64_t b, int64_t h, int64_t i, int64_t d) {
+        same = same &&
+               !std::memcmp(out.memory.data() + out.offset(b, h, i, d),
+                            plain.out.memory.data() + plain.out.offset(b, h, i, d), size_t(reference::BYTES[p.dtype]));
+        std::fill_n(rest.memory.begin() + rest.offset(b, h, i, d), reference::BYTES[p.dtype], char(0xff));
+    });
+    EXPECT(same, what + ": a strided output differs");
+    EXPECT(rest.memory == untouched, what + ": the gaps of a strided output were written");
+    return true;
+}
+
+// Few queries against a long cache, several query heads to a key head, with lengths of their own.
+Problem decoding(Source &source, const Limits &limits) {
+    Problem p;
+    p.dtype = int32_t(source.pick(HEEDFUL_FLOAT32, HEEDFUL_FLOAT64));
+    p.batch = source.pick(1, 3);
+    p.kv_heads = source.pick(1, 2);
+    p.heads = p.kv_heads * source.pick(1, 8);
+    p.q_length = source.once_in(2) ? 1 : source.pick(2, 16);
+    p.k_length = source.pick(1, limits.long_k_length);
+    p.dim = source.pick(1, limits.dim);
+    p.value_dim = source.once_in(2) ? p.dim : source.pick(1, limits.dim);
+    p.scale = 1 / std::sqrt(double(p.dim));
+    if (source.once_in(2)) {
+        p.page = source.once_in(2) ? 16 : source.pick(1, 70);
+        p.k_length = (p.k_length + p.page - 1) / p.page * p.page;
+    }
+    if (source.once_in(2)) {
+        // Each item's queries are the last of its own length.
+        const int64_t slot = reference::add_per_item(source, p, 0, p.k_length);
+        std::vector<Terms> atoms = {
+            {{reference::BOUND, 2, 1, -p.q_length, slot, 1, NONE}, {reference::BOUND, 1, 1, -1, slot, 1, NONE}}};
+        if (source.once_in(2)) atoms[0].push_back({reference::BOUND, 2, 0, -source.pick(1, 300), slot, 1, NONE});
+        reference::set_code(p, atoms);
+    } else {
+        reference::set_code(p, {{{reference::BOUND, 2, 1, 0, reference::END, 1, NONE}}});
+    }
+    if (source.once_in(2)) reference::add_features(source, p);
+    reference::add_inputs(source, p);
+    return p;
 }
 
 } // namespace
 
 int main(int argc, char **argv) {
-    const int rounds = argc > 1 ? std::atoi(argv[1]) : 200;
-    for (int round = 0; round < rounds; ++round)
-        if (!check(round)) return 1;
-    std::printf("%d calls on %s agree\n", rounds, heedful_isa_name(heedful_isa_selected()));
-    return 0;
+    const int rounds = begin(argc, argv, 150);
+    Limits limits;
+    limits.pages = true;
+    for (int round = 0; round < rounds; ++round) {
+        Source source(uint64_t(round) + 1);
+        const Problem p = reference::random_problem(source, limits);
+        const std::string what = "call " + std::to_string(round) + " (" + describe(p) + ")";
+        if (!check_forward(p, source.pick(2, 5), what) || !check_strided_output(source, p, what)) return 1;
+    }
+    limits.long_k_length = 1800;
+    for (int round = 0; round < rounds / 4; ++round) {
+        Source source(uint64_t(round) + 100001);
+        const Problem p = decoding(source, limits);
+        if (!check_forward(p, source.pick(2, 5), "decode " + std::to_string(round) + " (" + describe(p) + ")"))
+            return 1;
+    }
+    limits = {5, 40, 60, 512, true, true};
+    for (int round = 0; round < rounds / 8; ++round) {
+        Source source(uint64_t(round) + 200001);
+        const Problem p = reference::random_problem(source, limits);
+        if (!check_forward(p, 2, "wide " + std::to_string(round) + " (" + describe(p) + ")")) return 1;
+    }
+    return end();
 }
