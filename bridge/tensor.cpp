@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <algorithm>
+
 namespace heedful {
 namespace {
 
@@ -13,6 +15,7 @@ const DtypePair dtypes[] = {
     {aoti_torch_dtype_float32(), HEEDFUL_FLOAT32}, {aoti_torch_dtype_bfloat16(), HEEDFUL_BFLOAT16},
     {aoti_torch_dtype_float16(), HEEDFUL_FLOAT16}, {aoti_torch_dtype_float64(), HEEDFUL_FLOAT64},
     {aoti_torch_dtype_int32(), HEEDFUL_INT32},     {aoti_torch_dtype_bool(), HEEDFUL_BOOL},
+    {aoti_torch_dtype_int64(), HEEDFUL_INT64},
 };
 const int32_t cpu = aoti_torch_device_type_cpu();
 
@@ -25,36 +28,13 @@ heedful_dtype engine_dtype(AtenTensorHandle tensor, const char *name) {
     check(aoti_torch_get_dtype(tensor, &code), name, "dtype");
     for (const DtypePair &pair : dtypes)
         if (pair.torch == code) return pair.engine;
-    fail(std::string(name) + " must be float32, bfloat16, float16, float64, int32 or bool");
+    fail(std::string(name) + " must be float32, bfloat16, float16, float64, int32, int64 or bool");
 }
 
 int32_t torch_dtype(heedful_dtype dtype) {
     for (const DtypePair &pair : dtypes)
         if (pair.engine == dtype) return pair.torch;
     fail("heedful: no torch dtype for the engine's dtype " + std::to_string(dtype));
-}
-
-/* Everything but the data. */
-heedful_tensor describe(AtenTensorHandle tensor, const char *name) {
-    heedful_tensor result;
-    int32_t device = 0;
-    check(aoti_torch_get_device_type(tensor, &device), name, "device");
-    if (device != cpu) fail(std::string(name) + " must be on the CPU");
-    int64_t ndim = 0;
-    int64_t *sizes = nullptr;
-    int64_t *strides = nullptr;
-    check(aoti_torch_get_dim(tensor, &ndim), name, "rank");
-    check(aoti_torch_get_sizes(tensor, &sizes), name, "sizes");
-    check(aoti_torch_get_strides(tensor, &strides), name, "strides");
-    if (ndim > 4) fail(std::string(name) + " has " + std::to_string(ndim) + " dimensions, and at most 4 are taken");
-    result.dtype = engine_dtype(tensor, name);
-    result.ndim = ndim == 0 ? 1 : static_cast<int32_t>(ndim);
-    result.size[0] = result.stride[0] = 1;
-    for (int64_t dim = 0; dim < ndim; ++dim) {
-        result.size[dim] = sizes[dim];
-        result.stride[dim] = strides[dim];
-    }
-    return result;
 }
 
 } // namespace
@@ -64,26 +44,51 @@ void fail(const std::string &message) {
     __builtin_unreachable();
 }
 
-Tensor Tensor::empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                     heedful_dtype dtype) {
-    AtenTensorHandle handle = nullptr;
-    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), torch_dtype(dtype),
-                                 cpu, 0, &handle) != 0)
-        fail("heedful: torch could not allocate the output");
-    return Tensor(reinterpret_cast<StableIValue>(handle));
-}
-
-heedful_tensor view(const Tensor &tensor, const char *name) {
-    heedful_tensor result = describe(tensor.get(), name);
-    const void *data = nullptr;
-    check(torch_get_const_data_ptr(tensor.get(), &data), name, "data");
-    result.data = const_cast<void *>(data);
+Tensor Tensor::optional(StableIValue value) {
+    StableIValue *const given = reinterpret_cast<StableIValue *>(value);
+    Tensor result(given == nullptr ? 0 : *given);
+    delete given;
     return result;
 }
 
-heedful_tensor writable_view(const Tensor &tensor, const char *name) {
-    heedful_tensor result = describe(tensor.get(), name);
-    check(torch_get_mutable_data_ptr(tensor.get(), &result.data), name, "data");
+Tensor Tensor::empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, heedful_dtype dtype,
+                     heedful_tensor &view) {
+    AtenTensorHandle handle = nullptr;
+    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), torch_dtype(dtype),
+                                 cpu, 0, &handle) != 0)
+        fail("heedful: torch could not allocate an output");
+    Tensor result(reinterpret_cast<StableIValue>(handle));
+    check(torch_get_mutable_data_ptr(handle, &view.data), "heedful: an output", "data");
+    view.dtype = dtype;
+    view.ndim = static_cast<int32_t>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), view.size);
+    std::copy(strides.begin(), strides.end(), view.stride);
+    return result;
+}
+
+heedful_tensor view(const Tensor &tensor, const char *name) {
+    const AtenTensorHandle handle = tensor.get();
+    heedful_tensor result;
+    int32_t device = 0;
+    check(aoti_torch_get_device_type(handle, &device), name, "device");
+    if (device != cpu) fail(std::string(name) + " must be on the CPU");
+    int64_t ndim = 0;
+    int64_t *sizes = nullptr;
+    int64_t *strides = nullptr;
+    check(aoti_torch_get_dim(handle, &ndim), name, "rank");
+    check(aoti_torch_get_sizes(handle, &sizes), name, "sizes");
+    check(aoti_torch_get_strides(handle, &strides), name, "strides");
+    if (ndim > 4) fail(std::string(name) + " has " + std::to_string(ndim) + " dimensions, and at most 4 are taken");
+    result.dtype = engine_dtype(handle, name);
+    result.ndim = ndim == 0 ? 1 : static_cast<int32_t>(ndim);
+    result.size[0] = result.stride[0] = 1;
+    for (int64_t dim = 0; dim < ndim; ++dim) {
+        result.size[dim] = sizes[dim];
+        result.stride[dim] = strides[dim];
+    }
+    const void *data = nullptr;
+    check(torch_get_const_data_ptr(handle, &data), name, "data");
+    result.data = const_cast<void *>(data);
     return result;
 }
 

@@ -15,7 +15,7 @@ namespace heedful {
 /* Raises a RuntimeError in Python. */
 [[noreturn]] void fail(const std::string &message);
 
-/* Owns one reference to a torch tensor. */
+/* Owns one reference to a torch tensor, or none where an optional one is absent. */
 class Tensor {
   public:
     explicit Tensor(StableIValue value) : handle_(reinterpret_cast<AtenTensorHandle>(value)) {}
@@ -26,10 +26,14 @@ class Tensor {
         if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
     }
 
-    /* An uninitialised CPU tensor; sizes and strides are of one length. */
-    static Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                        heedful_dtype dtype);
+    /* An operator's argument of type Tensor?. */
+    static Tensor optional(StableIValue value);
 
+    /* An uninitialised CPU tensor and, in `view`, the engine's view of it; sizes and strides are of one length. */
+    static Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                        heedful_dtype dtype, heedful_tensor &view);
+
+    /* Null where there is none. */
     AtenTensorHandle get() const { return handle_; }
     /* Hands the reference over, as an operator's result. */
     StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
@@ -67,8 +71,6 @@ class List {
 /* The engine's view of a strided CPU tensor of at most 4 dimensions; fails by name on any other. A tensor without
  * dimensions is seen as one element in one dimension. */
 heedful_tensor view(const Tensor &tensor, const char *name);
-/* The same of a tensor that Tensor::empty made, to be written to. */
-heedful_tensor writable_view(const Tensor &tensor, const char *name);
 
 } // namespace heedful
 

@@ -19,7 +19,8 @@ using AtenTensorHandle = AtenTensorOpaque *;
 using StableListHandle = StableListOpaque *;
 using TorchLibraryHandle = TorchLibraryOpaque *;
 
-/* One argument or result of an operator: the value's bytes, or a handle that whoever takes it owns. */
+/* One argument or result of an operator: the value's bytes, or a handle that whoever takes it owns. An optional one is
+ * null or points to the value, in memory of operator new that whoever takes it frees. */
 using StableIValue = uint64_t;
 /* 0 on success. libtorch has then caught its exception and logged its text. */
 using AOTITorchError = int32_t;
@@ -39,6 +40,7 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();
 
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t *result);

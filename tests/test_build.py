@@ -1,5 +1,6 @@
 """What the compiled libraries must be like, whatever they compute."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import heedful
-from heedful.backend.native import library
+from heedful.backend.native import library, structures
 
 ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "bridge" / "torch_shim.h"
@@ -127,6 +128,52 @@ def test_every_function_of_the_header_is_exported():
     declared = set(re.findall(r"\b(heedful_\w+)\(", header.read_text()))
     exported = read("nm", "-D", "--defined-only", library.directory() / "libheedful_engine.so").split()[2::3]
     assert declared == set(exported)
+
+
+LAYOUT = """
+#include <cstddef>
+#include <cstdio>
+#include "heedful.h"
+int main() {
+LINES}
+"""
+
+
+@needs_source
+@needs_compiler
+def test_the_structures_lie_in_memory_as_the_header_says(tmp_path):
+    mirrored = {name: getattr(structures, name) for name in dir(structures) if name.startswith("Engine")}
+    lines, wanted = "", ""
+    for name, structure in mirrored.items():
+        declared = "heedful_" + name.removeprefix("Engine").lower()
+        lines += f'    printf("{name} %zu\\n", sizeof({declared}));\n'
+        wanted += f"{name} {ctypes.sizeof(structure)}\n"
+        for field, *_ in structure._fields_:
+            lines += f'    printf("{field} %zu\\n", offsetof({declared}, {field}));\n'
+            wanted += f"{field} {getattr(structure, field).offset}\n"
+    source = tmp_path / "layout.cpp"
+    source.write_text(LAYOUT.replace("LINES", lines))
+    read("g++", f"-I{ROOT / 'engine' / 'include'}", source, "-o", tmp_path / "layout")
+    assert read(tmp_path / "layout") == wanted
+
+
+@needs_source
+def test_versions_and_dtypes_are_those_of_the_header():
+    header = (ROOT / "engine" / "include" / "heedful.h").read_text()
+    assert f"#define HEEDFUL_ABI_VERSION {library.ABI_VERSION}\n" in header
+    enumerated = dict(re.findall(r"HEEDFUL_(\w+) = (\d+)", header.partition("typedef enum heedful_dtype")[2]))
+    assert {name.upper(): str(code) for name, code in structures.DTYPES.items()} == enumerated
+
+
+def test_constants_of_the_engine_are_named():
+    assert library.tuning()
+    with pytest.raises(ValueError, match="name takes one of 'item_"):
+        library.tune("nothing", 1)
+    for name, value in library.tuning().items():
+        library.tune(name, value)
+        with pytest.raises(ValueError, match=f"{name}: is -1, takes"):
+            library.tune(name, -1)
+        assert library.tuning()[name] == value
 
 
 ISA_WITHOUT_TORCH = """

@@ -155,12 +155,79 @@ def test_layout() -> None:
     assert torch.equal(compiled(layer)(*inputs), layer(*inputs))
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
+@pytest.mark.parametrize("backend", [None, "native", "sdpa", "reference"])
 def test_gradients(backend) -> None:
     layer = Layer(pattern=SlidingWindow(4), backend=backend)
     inputs = [t.requires_grad_() for t in attention_inputs(**SIZES)]
     mine, eager = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled(layer), layer))
     for a, b in zip(mine, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def every_tensor() -> dict[str, torch.Tensor]:
+    q, k, v = attention_inputs(**SIZES)
+    tensors = {"q": q, "k": k, "v": v, "bias": torch.randn(4, 1, 45), "alibi_slopes": torch.rand(2, 4)}
+    return {name: t.requires_grad_() for name, t in (tensors | {"sinks": torch.randn(4)}).items()}
+
+
+@pytest.mark.parametrize("pattern", ["window", "padding", "mask"])
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_gradients_of_every_tensor_through_every_output(pattern, layout) -> None:
+    tensors, pattern = every_tensor(), (STATIC | SIZED)[pattern]()
+
+    def step(tensors):
+        turned = {name: t.transpose(1, 2) if name in "qkv" and layout == "blhd" else t for name, t in tensors.items()}
+        found = attention(
+            **turned, pattern=pattern, softcap=3.0, layout=layout, return_lse=True, return_weights=True,
+            backend="native",
+        )  # fmt: skip
+        return found.out.square().sum() + found.lse.nan_to_num(neginf=0).sum() + (found.weights**3).sum()
+
+    losses = [function(tensors) for function in (compiled(step), step)]
+    torch.testing.assert_close(*losses)
+    for a, b in zip(*(torch.autograd.grad(loss, list(tensors.values())) for loss in losses), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_gradients_with_dropout() -> None:
+    layer, inputs = Layer(dropout_p=0.4, backend="native"), [t.requires_grad_() for t in attention_inputs(**SIZES)]
+    found = []
+    for function in (compiled(layer), layer):
+        torch.manual_seed(5)
+        found.append(torch.autograd.grad(function(*inputs).square().sum(), inputs))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_with_dynamic_lengths_compile_once() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = Layer(pattern=SlidingWindow(4), backend="native")
+    function = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch, q_length, k_length in ((2, 33, 45), (3, 37, 41), (5, 80, 80)):
+        inputs = attention_inputs(batch=batch, kv_heads=2, q_length=q_length, k_length=k_length)
+        for tensor in inputs:
+            tensor.requires_grad_()
+            torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(tensor, 2)
+        mine, eager = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (function, layer))
+        for a, b in zip(mine, eager, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_gradients_of_a_call_under_autocast() -> None:
+    inputs = [t.requires_grad_() for t in attention_inputs(**SIZES)]
+    layer = Layer(pattern=SlidingWindow(4), backend="native")
+
+    def step(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(*inputs)
+        assert out.dtype == torch.bfloat16
+        return out.float().square().sum()
+
+    for a, b in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled(step), step)), strict=True):
+        assert a.dtype == torch.float32
         torch.testing.assert_close(a, b)
 
 
@@ -179,8 +246,9 @@ def test_autocast_around_and_inside() -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])
-def test_numbers_that_change(name) -> None:
-    inputs = attention_inputs(**SIZES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_numbers_that_change(name, gradient) -> None:
+    inputs = [t.requires_grad_(gradient) for t in attention_inputs(**SIZES)]
 
     def layer(q, k, v, number):
         return attention(q, k, v, **{name: number})
@@ -208,5 +276,8 @@ def test_refusal_shows_its_text() -> None:
 
 def test_inductor() -> None:
     layer = Layer(pattern=SlidingWindow(4))
-    inputs = attention_inputs(**SIZES)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*inputs), layer(*inputs))
+    inputs = [t.requires_grad_() for t in attention_inputs(**SIZES)]
+    outputs = [function(*inputs) for function in (torch.compile(layer, fullgraph=True), layer)]
+    torch.testing.assert_close(*outputs)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in outputs), strict=True):
+        torch.testing.assert_close(a, b)

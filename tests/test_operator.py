@@ -1,9 +1,8 @@
-"""torch.ops.heedful.attention_forward: the engine as torch sees it."""
+"""torch.ops.heedful.attention_forward: the engine as torch sees it; the other operators are in
+test_operator_gradient.py."""
 
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from heedful import Mask
 from heedful.backend.native import library
+from heedful.backend.reference.formula import attend
+from heedful.dropout import keep_mask
 
 library.load_operators()
 attention_forward = torch.ops.heedful.attention_forward.default
@@ -119,6 +120,52 @@ def test_any_thread_count_gives_the_same_bits():
         assert torch.equal(lse, results[0][1])
 
 
+FEATURES = {
+    "bias": lambda: {"bias": torch.randn(1, 4, 21, 1)},
+    "alibi": lambda: {"alibi_slopes": torch.rand(2, 4)},
+    "sinks": lambda: {"sinks": torch.randn(4)},
+    "softcap": lambda: {"softcap": 1.5},
+    "dropout": lambda: {"dropout_p": 0.3, "seed": torch.tensor([-7])},
+    "offset": lambda: {"alibi_slopes": torch.rand(1, 4), "query_offset": torch.tensor([3, -8], dtype=torch.int32)},
+    "pages": lambda: {"pages": torch.tensor([[4, 0, 1], [2, 2, 3]], dtype=torch.int32)},
+}
+FEATURES["all"] = lambda: {name: value for make in list(FEATURES.values())[:-1] for name, value in make().items()}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name):
+    features = FEATURES[name]()
+    query, key, value = inputs(2, 4, 2, 21, 30, 16, 24)
+    arguments = dict(features)
+    dense = key, value
+    pages = arguments.pop("pages", None)
+    if pages is not None:
+        key, value = torch.randn(5, 2, 10, 16), torch.randn(5, 2, 10, 24)
+        dense = [pool[pages.long()].transpose(1, 2).flatten(2, 3) for pool in (key, value)]
+    if "seed" in arguments:
+        kept = keep_mask(arguments.pop("seed"), 0.3, (2, 4, 21, 30)).double() / (1 - arguments.pop("dropout_p"))
+        arguments["kept"] = kept
+    if "alibi_slopes" in arguments:
+        arguments["alibi_slopes"] = arguments["alibi_slopes"][:, :, None, None]
+    wanted = attend(query, *dense, causal_mask(21, 30)[None, None], scale=0.2, **arguments)
+    for blhd in (False, True):
+        found = attention_forward(query, key, value, [], CAUSAL, 0.2, blhd, **features)
+        for ours, theirs in zip(found, wanted, strict=False):
+            torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_optional_tensors_are_let_go():
+    bias, sinks, seed = torch.randn(1, 1, 3, 3), torch.randn(4), torch.tensor([1])
+    before = [tensor._use_count() for tensor in (bias, sinks, seed)]
+    for _ in range(3):
+        call(bias=bias, sinks=sinks, dropout_p=0.5, seed=seed)
+        with pytest.raises(RuntimeError):
+            call(bias=bias, sinks=sinks, dropout_p=0.5, seed=seed, scale=float("nan"))
+        with pytest.raises(RuntimeError):
+            call(query=(3, 8), bias=bias, sinks=sinks, dropout_p=0.5, seed=seed)
+    assert [tensor._use_count() for tensor in (bias, sinks, seed)] == before
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 2, 4, 4, 8, 8), (2, 2, 1, 0, 4, 8, 8), (2, 2, 2, 4, 0, 8, 8)])
 @pytest.mark.parametrize("blhd", [False, True])
 def test_empty(shape, blhd):
@@ -144,6 +191,15 @@ def test_opcheck(sample, dtype, blhd):
     torch.library.opcheck(
         attention_forward, (*inputs(*shape, dtype=dtype), operands, schedule, 0.5, blhd), raise_exception=True
     )
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_opcheck_of_features(name):
+    features = FEATURES[name]()
+    tensors = inputs(2, 4, 2, 21, 30, 16, 24)
+    if "pages" in features:
+        tensors = tensors[0], torch.randn(5, 2, 10, 16), torch.randn(5, 2, 10, 24)
+    torch.library.opcheck(attention_forward, (*tensors, [], CAUSAL, 0.5, False), features, raise_exception=True)
 
 
 @pytest.mark.parametrize("blhd", [False, True])
@@ -189,9 +245,10 @@ def call(
     operands=(),
     schedule=FULL,
     scale=1.0,
+    **features,
 ):
     tensors = torch.ones(query, dtype=query_dtype), torch.ones(key, dtype=key_dtype), torch.ones(value)
-    return attention_forward(*tensors, list(operands), schedule, scale, False)
+    return attention_forward(*tensors, list(operands), schedule, scale, False, **features)
 
 
 @pytest.mark.parametrize(
@@ -203,33 +260,32 @@ def call(
         ({"key": (1, 2, 3, 4)}, "key.* 4 .* 8"),
         ({"value": (1, 2, 5, 8)}, "value.* 5 .* 3"),
         ({"key_dtype": torch.float64}, "key.* dtype"),
-        ({"query_dtype": torch.int64}, "query must be float32"),
+        ({"query_dtype": torch.int64}, "query: .* takes float32"),
+        ({"query_dtype": torch.int16}, "query must be float32"),
         ({"scale": float("nan")}, "scale"),
         ({"schedule": (1, 1, 99)}, "schedule"),
         ({"schedule": (1, 1, 5, 0)}, "operand"),
         ({"schedule": (1, 1, 5, 0), "operands": [torch.ones(3, 3)]}, "operand|slot"),
-        ({"schedule": (1, 1, 5, 0), "operands": [torch.ones(1, 1, 3, 3, dtype=torch.int64)]}, "operands must be"),
+        ({"schedule": (1, 1, 5, 0), "operands": [torch.ones(1, 1, 3, 3, dtype=torch.int64)]}, "operand|slot"),
+        ({"schedule": (1, 1, 5, 0), "operands": [torch.ones(1, 1, 3, 3, dtype=torch.int16)]}, "operands must be"),
+        ({"bias": torch.zeros(3, 3)}, "bias"),
+        ({"bias": torch.zeros(1, 1, 3, 4)}, "bias"),
+        ({"bias": torch.zeros(1, 1, 3, 3, dtype=torch.float64)}, "bias"),
+        ({"alibi_slopes": torch.zeros(1, 3)}, "alibi_slopes"),
+        ({"sinks": torch.zeros(3)}, "sinks"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"dropout_p": 1.0, "seed": torch.zeros(1, dtype=torch.int64)}, "dropout"),
+        ({"dropout_p": 0.5}, "seed is None"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(1, dtype=torch.int32)}, "seed takes an int64 tensor"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(2, dtype=torch.int64)}, "seed takes .* one element"),
+        ({"pages": torch.zeros(1, 0, dtype=torch.int32)}, "pages has no element"),
+        ({"pages": torch.zeros(2, 3, dtype=torch.int32)}, "pages"),
+        ({"query_offset": torch.zeros(2, dtype=torch.int32), "alibi_slopes": torch.zeros(1, 4)}, "query_offset"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         call(**arguments)
-
-
-def test_two_python_threads_run_at_once():
-    torch.set_num_threads(1)
-    tensors = inputs(1, 8, 1, 2048, 2048, 64, 64)
-    begin = time.perf_counter()
-    attention_forward(*tensors, [], FULL, 0.125, False)
-    alone = time.perf_counter() - begin
-    worker = threading.Thread(target=lambda: [attention_forward(*tensors, [], FULL, 0.125, False) for _ in range(3)])
-    worker.start()
-    longest, last = 0.0, time.perf_counter()
-    while worker.is_alive():
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    # A call that kept the interpreter locked would stop this thread for as long as it takes.
-    assert longest < alone / 2
 
 
 FORK = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 import heedful
 from heedful import BlockSparse, Causal, Dilated, Full, Global, Mask, Padding, SlidingWindow, attention
+from heedful.arguments import prepare
+from heedful.choose import BACKENDS, UNAVAILABLE
 from heedful.dropout import keep_mask
+from heedful.problem import Call
 
 
 def by_loops(q, k, v, sees, *, scale, softcap=None, bias=None, slopes=None, sinks=None, kept=None):
@@ -316,13 +320,17 @@ def test_gradcheck(options) -> None:
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
 
-    def call(q, k, v, bias, sinks, slopes):
+    def call(q, k, v, bias, sinks, slopes, return_weights=True):
         return attention(
-            q, k, v, bias=bias, sinks=sinks, alibi_slopes=slopes, return_lse=True, return_weights=True,
+            q, k, v, bias=bias, sinks=sinks, alibi_slopes=slopes, return_lse=True, return_weights=return_weights,
             backend="reference", **options,
         )  # fmt: skip
 
+    def sparse_values(*tensors):
+        return call(*tensors, return_weights="sparse").weights.values()
+
     assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks, slopes))
+    assert torch.autograd.gradcheck(sparse_values, (q, k, v, bias, sinks, slopes))
     assert torch.autograd.gradgradcheck(lambda *a: call(*a).out, (q, k, v, bias, sinks, slopes))
     assert torch.autograd.gradcheck(
         lambda *a: call(*a).out, (q, k, v, bias, sinks, slopes), check_forward_ad=True, check_backward_ad=False
@@ -372,3 +380,58 @@ def test_vmap() -> None:
         q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     )
     torch.testing.assert_close(got.squeeze(1), attention(q, k, v, causal=True, backend="reference"))
+
+
+def test_sparse_weights_are_the_attended_pairs() -> None:
+    q, k, v = attention_inputs(dtype=torch.bfloat16)
+    bias = torch.randn(7, 9)
+    bias[1, 2] = bias[3] = -math.inf
+    options = {"causal": True, "bias": bias, "dropout_p": 0.5, "backend": "reference"}
+    found = []
+    for kind in (True, "sparse"):
+        torch.manual_seed(3)
+        found.append(attention(q, k, v, return_weights=kind, **options).weights)
+    dense, sparse = found
+    attended = (Causal().dense(7, 9) & (bias != -math.inf)).expand(2, 4, 7, 9)
+    assert sparse.dtype == torch.bfloat16
+    assert sparse.is_coalesced()
+    # What dropout zeroes stays.
+    assert torch.equal(sparse.indices(), attended.nonzero().T)
+    assert torch.equal(sparse.values(), dense[attended])
+
+
+def paged(pool_k: Tensor, pool_v: Tensor, q: Tensor, pages: Tensor, **options) -> tuple[Call, Call]:
+    """The same call over pages and over the keys and values that they stand for."""
+    k, v = (pool[pages.clamp(0).long()].transpose(1, 2).flatten(2, 3) for pool in (pool_k, pool_v))
+    pattern = Padding(torch.tensor([0, 0], dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32))
+    call = prepare(q, k, v, **DEFAULTS | {"pattern": pattern, "alibi_slopes": torch.rand(4)} | options)
+    call = replace(call, query_offset=torch.tensor([-2, 2], dtype=torch.int32))
+    return replace(call, key=pool_k, value=pool_v, pages=pages), call
+
+
+DEFAULTS = {
+    "pattern": None, "causal": False, "bias": None, "alibi_slopes": None, "scale": None, "softcap": None, "sinks": None,
+    "dropout_p": 0.0, "cache": None, "layout": "bhld", "return_lse": True, "return_weights": True,
+}  # fmt: skip
+
+
+def test_pages() -> None:
+    pool_k, pool_v = torch.randn(7, 2, 3, 16), torch.randn(7, 2, 3, 8)
+    # Item 0 ends in its second page: its third entry is nobody's.
+    pages = torch.tensor([[6, 0, -1], [3, 3, 5]], dtype=torch.int32)
+    over_pages, plain = paged(pool_k, pool_v, torch.randn(2, 4, 7, 16), pages)
+    for mine, theirs in zip(*(BACKENDS["reference"].run(call) for call in (over_pages, plain)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_alibi_counts_from_each_items_own_position() -> None:
+    q, k, v = attention_inputs(dtype=torch.float64)
+    slopes, offset = torch.rand(4, dtype=torch.float64), torch.tensor([-2, 2], dtype=torch.int32)
+    call = prepare(q, k, v, **DEFAULTS | {"alibi_slopes": slopes})
+    distance = (torch.arange(7)[:, None] + offset.view(2, 1, 1, 1) - torch.arange(9)).abs()
+    bias = -slopes.view(1, 4, 1, 1) * distance
+    want = attention(q, k, v, bias=bias, backend="reference")
+    for name in ("reference", "sdpa", "native"):
+        if name not in UNAVAILABLE:
+            out = BACKENDS[name].run(replace(call, query_offset=offset)).out
+            torch.testing.assert_close(out, want, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,15 +8,26 @@ from typing import Literal, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-from heedful.arguments import AllOptions, Options, autocast_dtype, prepare, resolve_pattern
+from heedful import cached
+from heedful.arguments import (
+    AllOptions,
+    Options,
+    autocast_dtype,
+    bias_of_rank_4,
+    prepare,
+    resolve_pattern,
+    slopes_of_rank_4,
+)
 from heedful.backend.base import Backend, Shortcut
 from heedful.backend.native import library
 from heedful.backend.sdpa import kept_masks
 from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reasons
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
-from heedful.patterns import Pattern
+from heedful.kv_cache import KVCache
+from heedful.patterns import Mask, Pattern
 from heedful.problem import Attention, Call
 
 # Bound to module globals because looking them up through torch costs a tenth of a microsecond each on every call.
@@ -77,7 +88,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    cache: object | None = None,
+    cache: KVCache | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
     return_weights: bool | Literal["sparse"] = False,
@@ -106,11 +117,14 @@ def attention(
             no value.
         dropout_p: probability in [0, 1) with which each weight is zeroed, the others growing by 1 / (1 - dropout_p).
             The seed is drawn from torch's generator.
-        cache: a `KVCache`. No backend takes one yet.
+        cache: a `KVCache`: k and v are appended to it in place, and q attends to everything in it, its last query at
+            the last position of each batch item; Lk above is the length of the longest item then.
         layout: "bhld" for the shapes above, "blhd" for q (B, Lq, H, D), k and v likewise, and the output. bias,
             log-sum-exp and weights keep (B, H, ...).
         return_lse: whether to return the log-sum-exp of each row, (B, H, Lq).
-        return_weights: whether to return the weights, (B, H, Lq, Lk), after dropout, in q's dtype.
+        return_weights: whether to return the weights, (B, H, Lq, Lk), after dropout, in q's dtype. "sparse" is for a
+            coalesced sparse COO tensor of that shape that holds the attended pairs alone; a gradient that arrives
+            through it is made dense.
         backend: name of a backend out of `heedful.list_backends()` that must run the call; None picks the best.
 
     Returns:
@@ -121,13 +135,28 @@ def attention(
         ValueError, TypeError: an argument is wrong; the message has its name, what it got and what it takes.
         UnsupportedError: no backend, or not the one asked for, can run the call; `.reasons` says why.
     """
+    if cache is not None:
+        return (cached.attend_outside_graphs if _is_dynamo_compiling() else cached.attend)(
+            q,
+            k,
+            v,
+            cache,
+            pattern=pattern,
+            causal=causal,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            layout=layout,
+            return_lse=return_lse,
+            return_weights=return_weights,
+            backend=backend,
+        )
     key = shortcut = failure = None
     if (
         not _is_dynamo_compiling()
-        and bias is None
-        and alibi_slopes is None
-        and sinks is None
-        and cache is None
         and type(q) is Tensor
         and type(k) is Tensor
         and type(v) is Tensor
@@ -135,7 +164,11 @@ def attention(
         and not _are_transforms_active()
         and forward_ad._current_level < 0
     ):
+        plain = bias is None and alibi_slopes is None and sinks is None
+        seen = pattern
         try:
+            if type(pattern) is Tensor:
+                seen = Mask(pattern)
             key = (
                 q.shape,
                 k.shape,
@@ -143,7 +176,7 @@ def attention(
                 q.dtype,
                 (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device),
                 _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-                pattern if pattern is None else pattern.key,  # type: ignore[union-attr]
+                seen if seen is None else seen.key,  # type: ignore[union-attr]
                 causal,
                 scale,
                 softcap,
@@ -152,14 +185,17 @@ def attention(
                 return_lse,
                 return_weights,
                 backend,
+                plain or (_kind(bias), _kind(alibi_slopes), _kind(sinks)),
             )
             shortcut = _shortcuts.get(key)
         except (TypeError, AttributeError, RuntimeError):
-            # A tensor as pattern, or an argument that the checks below refuse.
+            # An argument that the checks below refuse.
             key = None
         if shortcut is not None:
             try:
-                return shortcut(q, k, v, pattern)  # type: ignore[arg-type]
+                if plain:
+                    return shortcut(q, k, v, seen)
+                return shortcut(q, k, v, seen, bias, alibi_slopes, sinks)
             except Exception as error:
                 # Where an argument is at fault, such as a dtype of k other than q's, the checks below name it.
                 failure = error
@@ -175,7 +211,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         dropout_p=dropout_p,
-        cache=cache,
+        cache=None,
         layout=layout,
         return_lse=return_lse,
         return_weights=return_weights,
@@ -209,11 +245,18 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> E
         raise TypeError(f"explain() got an unexpected keyword argument {unknown[0]!r}")
     arguments = {**defaults, **options}
     requested = arguments.pop("backend")
-    call = prepare(q, k, v, **arguments)
-    problem = call.problem
-    found = reasons(problem)
+    cache = arguments["cache"]
+    state = cache.state() if isinstance(cache, KVCache) else None
     try:
-        backend = decide(problem, requested, found)
+        call = prepare(q, k, v, **arguments)
+    finally:
+        if state is not None:
+            cache.restore(state)
+    problem = call.problem
+    deciding = problem if cache is None else cached.deciding(problem)
+    found = reasons(deciding)
+    try:
+        backend = decide(deciding, requested, found)
     except UnsupportedError:
         backend = None
     notes = []
@@ -224,6 +267,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> E
         notes.append("there is nothing to compute: the result is zero or has no elements")
     elif backend is not None:
         notes += backend.notes(problem)
+        if requested is None and backend.name != FASTEST and not found[FASTEST]:
+            notes.append(f"{backend.name} is measured to be faster than {FASTEST} for such a call")
     if backend is not None and requested is not None:
         notes.append(f"backend={requested!r} was asked for")
     return Explanation(
@@ -252,6 +297,7 @@ def list_backends() -> tuple[BackendStatus, ...]:
 def clear_caches() -> None:
     """Forget what was chosen for earlier calls, and free the memory that backends keep between calls."""
     _shortcuts.clear()
+    cached.shortcuts.clear()
     kept_masks.cache_clear()
     if FASTEST not in UNAVAILABLE:
         library.clear_caches()
@@ -266,19 +312,31 @@ def _remember(key: Hashable, chosen: Backend, call: Call, causal: bool) -> None:
     _shortcuts[key] = _from_arguments(shortcut, call, causal)
 
 
+def _kind(tensor: Tensor | None) -> Hashable:
+    """What of a bias, slopes or sinks decides how a call runs."""
+    if tensor is None:
+        return None
+    if type(tensor) not in (Tensor, Parameter):
+        raise TypeError
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and _is_grad_enabled()
+
+
 def _from_arguments(shortcut: Shortcut, call: Call, causal: bool) -> Shortcut:
     """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked."""
     problem = call.problem
-    if not problem.schedule.slots and not call.blhd:
+    if not problem.schedule.slots and not call.blhd and call.bias is None and call.alibi_slopes is None:
         return shortcut
 
-    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor | Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *extras: Tensor | None) -> Tensor | Attention:
         if problem.schedule.slots:
             pattern = resolve_pattern(pattern, causal)
             pattern.validate(problem.batch, problem.heads, problem.q_length, problem.k_length)
+        if extras:
+            bias, alibi_slopes, sinks = extras
+            extras = bias_of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
         if not call.blhd:
-            return shortcut(q, k, v, pattern)
-        result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
+            return shortcut(q, k, v, pattern, *extras)
+        result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern, *extras)
         if isinstance(result, Tensor):
             return result.transpose(1, 2)
         return result._replace(out=result.out.transpose(1, 2))

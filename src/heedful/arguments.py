@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from heedful.errors import wrong_type, wrong_value
+from heedful.kv_cache import KVCache, no_gradient
 from heedful.patterns import Causal, Full, Mask, Pattern
 from heedful.patterns.arguments import check_broadcast
 from heedful.problem import Call, Problem
@@ -37,7 +38,7 @@ class Options(TypedDict, total=False):
     softcap: float | None
     sinks: Tensor | None
     dropout_p: float
-    cache: object | None
+    cache: KVCache | None
     layout: str
     backend: str | None
 
@@ -62,12 +63,12 @@ def prepare(
     softcap: float | None,
     sinks: Tensor | None,
     dropout_p: float,
-    cache: object | None,
+    cache: KVCache | None,
     layout: str,
     return_lse: bool,
     return_weights: bool | str,
 ) -> Call:
-    """The call that these arguments of `heedful.attention` mean.
+    """The call that these arguments of `heedful.attention` mean. With a cache, k and v have been appended to it then.
 
     Raises:
         ValueError, TypeError: naming the argument that is wrong.
@@ -83,8 +84,10 @@ def prepare(
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     _check_shapes(query, key, value)
     _check_scalars(causal, scale, softcap, dropout_p, return_lse, return_weights)
+    if cache is not None and not isinstance(cache, KVCache):
+        raise wrong_type("cache", _what(cache), "a heedful.KVCache or None")
     batch, heads, q_length, head_dim = query.shape
-    k_length, value_dim = key.shape[2], value.shape[3]
+    k_length, value_dim = key.shape[2] + (0 if cache is None else len(cache)), value.shape[3]
     pairs = (batch, heads, q_length, k_length)
 
     whole = resolve_pattern(pattern, causal)
@@ -92,9 +95,13 @@ def prepare(
         check_broadcast("pattern", pattern, pairs)
     whole.validate(batch, heads, q_length, k_length)
     if bias is not None:
-        bias = _check_extra("bias", bias, query, "(B, H, Lq, Lk)", pairs)
+        _check_extra("bias", bias, query, "(B, H, Lq, Lk)", pairs)
+        bias = bias_of_rank_4(bias)
     if alibi_slopes is not None:
-        alibi_slopes = _check_slopes(alibi_slopes, query)
+        per_item = isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2
+        axes, shape = ("(B, H)", (batch, heads)) if per_item else ("(H,)", (heads,))
+        _check_extra("alibi_slopes", alibi_slopes, query, axes, shape, broadcast=False)
+        alibi_slopes = slopes_of_rank_4(alibi_slopes)
     if sinks is not None:
         _check_extra("sinks", sinks, query, "(H,)", (heads,), broadcast=False)
 
@@ -108,11 +115,20 @@ def prepare(
         "lse": return_lse,
         "weights": return_weights is True,
         "sparse_weights": return_weights == "sparse",
-        "cache": cache is not None,
         "gradient": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        "second_order": _is_differentiated_twice(tensors),
         "forward_mode": _has_tangent(tensors),
-        "vmap": _under("Vmap"),
+        "vmap": _under("Vmap") > 0,
     }
+    pages = query_offset = None
+    if cache is not None:
+        if needed["gradient"] or needed["forward_mode"] or needed["vmap"]:
+            raise no_gradient()
+        cache.append(key, value)
+        key, value, whole, k_length, pages, query_offset = cache.hold(whole, q_length)
+        needed["paged"] = pages is not None
+        if bias is not None and bias.shape[3] not in (1, k_length):
+            bias = torch.nn.functional.pad(bias, (0, k_length - bias.shape[3]))
     problem = Problem(
         batch,
         heads,
@@ -139,6 +155,8 @@ def prepare(
         sinks,
         float(dropout_p),
         layout == "blhd",
+        pages,
+        query_offset,
     )
 
 
@@ -157,6 +175,18 @@ def resolve_pattern(pattern: Pattern | Tensor | None, causal: bool) -> Pattern:
     if not isinstance(pattern, Pattern):
         raise wrong_type("pattern", _what(pattern), "a heedful.Pattern (an instance), a bool tensor or None")
     return pattern & Causal() if causal else pattern
+
+
+def bias_of_rank_4(bias: Tensor | None) -> Tensor | None:
+    """The bias with dimensions of size 1 in front, as many as it lacks of (B, H, Lq, Lk)."""
+    return bias if bias is None or bias.ndim == 4 else bias[(None,) * (4 - bias.ndim)]
+
+
+def slopes_of_rank_4(alibi_slopes: Tensor | None) -> Tensor | None:
+    """ALiBi slopes (H,) or (B, H) as (1 or B, H, 1, 1)."""
+    if alibi_slopes is None:
+        return None
+    return (alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes[None])[:, :, None, None]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -238,8 +268,7 @@ def _check_scalars(
 
 def _check_extra(
     name: str, tensor: Tensor, query: Tensor, axes: str, shape: tuple[int, ...], broadcast: bool = True
-) -> Tensor:
-    """The tensor with as many dimensions as `shape`, which it has or broadcasts to."""
+) -> None:
     if not isinstance(tensor, Tensor):
         raise wrong_type(name, _what(tensor), "a float tensor")
     if tensor.dtype == torch.bool:
@@ -254,29 +283,30 @@ def _check_extra(
     if not fits or any(size != n and not (broadcast and size == 1) for size, n in zip(sizes, shape, strict=True)):
         verb = "a shape that broadcasts to" if broadcast else "shape"
         raise wrong_value(name, f"shape {_shape(tensor)}", f"{verb} {axes} = {tuple(shape)}")
-    return tensor.reshape(sizes)
-
-
-def _check_slopes(slopes: Tensor, query: Tensor) -> Tensor:
-    batch, heads = query.shape[:2]
-    per_item = isinstance(slopes, Tensor) and slopes.ndim == 2
-    shape = (batch, heads) if per_item else (heads,)
-    slopes = _check_extra("alibi_slopes", slopes, query, "(B, H)" if per_item else "(H,)", shape, broadcast=False)
-    return slopes.reshape(-1 if per_item else 1, heads, 1, 1)
 
 
 def _has_tangent(tensors: list[Tensor]) -> bool:
     if forward_ad._current_level < 0:
-        return _under("Jvp")
+        return _under("Jvp") > 0
     return any(_unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _under(transform: str) -> bool:
-    """Whether a function transform of this kind (torch.func) is active."""
-    if not torch._C._are_functorch_transforms_active():
+def _is_differentiated_twice(tensors: list[Tensor]) -> bool:
+    """Whether torch.func.grad is applied to itself, or autograd records what goes into it."""
+    depth = _under("Grad")
+    if depth == 0 or not torch.is_grad_enabled():
         return False
+    functorch = torch._C._functorch
+    wrapped = [t for t in tensors if functorch.is_gradtrackingtensor(t)]
+    return depth > 1 or any(functorch.get_unwrapped(t).requires_grad for t in wrapped)
+
+
+def _under(transform: str) -> int:
+    """How many function transforms of this kind (torch.func) are active."""
+    if not torch._C._are_functorch_transforms_active():
+        return 0
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(interpreter.key().name == transform for interpreter in stack)
+    return sum(interpreter.key().name == transform for interpreter in stack)
 
 
 def _axes(layout: str) -> str:

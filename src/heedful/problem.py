@@ -22,8 +22,9 @@ FEATURES = {
     "lse": "return_lse",
     "weights": "return_weights",
     "sparse_weights": 'return_weights="sparse"',
-    "cache": "a cache",
+    "paged": "keys and values in pages",
     "gradient": "gradients",
+    "second_order": "derivatives of torch.func's derivatives",
     "forward_mode": "forward-mode derivatives",
     "vmap": "vmap",
 }
@@ -47,7 +48,8 @@ class Attention(NamedTuple):
     out: as the call without return_lse and return_weights returns it.
     lse: (B, H, Lq), float32 (float64 for float64 inputs): the natural logarithm of each row's sum of
         exponentials, -inf for a row with no key and no sink. None unless return_lse.
-    weights: (B, H, Lq, Lk) in the inputs' dtype, after dropout. None unless return_weights.
+    weights: (B, H, Lq, Lk) in the inputs' dtype, after dropout; for return_weights="sparse" a coalesced COO tensor
+        that holds the attended pairs alone. None unless return_weights.
     """
 
     out: Tensor
@@ -90,6 +92,9 @@ class Call:
 
     `bias` and `alibi_slopes` have four dimensions that broadcast to (B, H, Lq, Lk); `sinks` is (H,).
     `blhd` asks for an output whose memory order is (B, L, H, Dv).
+    `pages` is int32 (B, n) or None: key and value are then pools (blocks, Hkv, P, D or Dv), k_length is n · P, and key
+    j of batch item b is row j mod P of block pages[b, ⌊j / P⌋]. Entries that no pair reaches may hold anything.
+    `query_offset` is int32 (B,), the position of each batch item's first query for ALiBi; None is Lk - Lq.
     """
 
     problem: Problem
@@ -104,3 +109,5 @@ class Call:
     sinks: Tensor | None = None
     dropout_p: float = 0.0
     blhd: bool = False
+    pages: Tensor | None = None
+    query_offset: Tensor | None = None

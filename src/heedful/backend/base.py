@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from heedful.patterns import Pattern
 from heedful.problem import FEATURES, Attention, Call, Problem
 
-# Runs calls of one shape and kind on q, k and v in index order (B, H, L, D), and the pattern's operands.
-Shortcut = Callable[[Tensor, Tensor, Tensor, Pattern], Tensor | Attention]
+# Runs calls of one shape and kind on q, k and v in index order (B, H, L, D), and a pattern; where bias, alibi_slopes or
+# sinks was given, on these three too, as a `Call` has them.
+Shortcut = Callable[..., Tensor | Attention]
 
 
 class Backend(ABC):
@@ -60,7 +60,7 @@ class Backend(ABC):
         """A function for further calls that differ from this one in tensor contents and strides alone.
 
         It must refuse, by any exception, k and v of another dtype than q, which it may be given. None where there is
-        none, as for calls with other tensors than q, k, v and the pattern's.
+        none, as for calls with pages.
         """
         return None
 

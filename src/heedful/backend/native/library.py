@@ -14,69 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heedful.backend.native.structures import (
+    DTYPES,
+    EngineBackward,
+    EngineFeatures,
+    EngineForward,
+    EngineSchedule,
+    EngineTensor,
+    EngineWeights,
+)
+from heedful.errors import wrong_value
+
 if TYPE_CHECKING:
     import torch
 
-ABI_VERSION = 1
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "int32": 4, "bool": 5}
+ABI_VERSION = 2
 
 _operators_lock = threading.Lock()
 _operators_loaded = False
-
-
-class EngineTensor(ctypes.Structure):
-    """``heedful_tensor``: a view of memory that the caller owns, with strides in elements."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("size", ctypes.c_int64 * 4),
-        ("stride", ctypes.c_int64 * 4),
-    )
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> EngineTensor:
-        """The view of a CPU tensor of at most 4 dimensions, which must outlive it."""
-        name = str(tensor.dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise TypeError(f"tensor has dtype {tensor.dtype}, and takes one of {', '.join(DTYPES)}")
-        if tensor.device.type != "cpu" or tensor.ndim > 4:
-            raise ValueError(f"tensor is {tensor.ndim}-D on {tensor.device}, and takes at most 4-D on the CPU")
-        size, stride = (tensor.shape, tensor.stride()) if tensor.ndim else ((1,), (1,))
-        four = ctypes.c_int64 * 4
-        return cls(tensor.data_ptr(), DTYPES[name], len(size), four(*size), four(*stride))
-
-
-class EngineSchedule(ctypes.Structure):
-    """``heedful_schedule``: the encoded atoms and the tensors that their slots refer to."""
-
-    _fields_ = (
-        ("code", ctypes.POINTER(ctypes.c_int64)),
-        ("code_length", ctypes.c_int64),
-        ("operands", ctypes.POINTER(EngineTensor)),
-        ("operand_count", ctypes.c_int64),
-    )
-
-    @classmethod
-    def of(cls, code: Sequence[int], operands: Sequence[torch.Tensor]) -> EngineSchedule:
-        """The schedule of this code over these CPU operands, which must outlive it."""
-        return cls(
-            (ctypes.c_int64 * len(code))(*code),
-            len(code),
-            (EngineTensor * len(operands))(*map(EngineTensor.of, operands)),
-            len(operands),
-        )
-
-
-class EngineForward(ctypes.Structure):
-    """``heedful_forward``: the arguments of one forward call."""
-
-    _fields_ = (
-        *((name, EngineTensor) for name in ("query", "key", "value", "out", "lse")),
-        ("scale", ctypes.c_double),
-        ("schedule", EngineSchedule),
-    )
 
 
 def directory() -> Path:
@@ -116,12 +71,18 @@ def engine() -> ctypes.CDLL:
     schedule, output = ctypes.POINTER(EngineSchedule), ctypes.c_void_p
     signatures: dict[str, tuple[type, tuple[type, ...]]] = {
         "heedful_attention_forward": (ctypes.c_int, (ctypes.POINTER(EngineForward), ctypes.c_void_p)),
+        "heedful_attention_backward": (ctypes.c_int, (ctypes.POINTER(EngineBackward), ctypes.c_void_p)),
+        "heedful_attention_weights": (ctypes.c_int, (ctypes.POINTER(EngineWeights), ctypes.c_void_p)),
         "heedful_error_message": (ctypes.c_char_p, ()),
         "heedful_version": (ctypes.c_char_p, ()),
         "heedful_isa_count": (index, ()),
         "heedful_isa_name": (ctypes.c_char_p, (index,)),
         "heedful_isa_runnable": (index, (index,)),
         "heedful_isa_selected": (index, ()),
+        "heedful_tuning_count": (index, ()),
+        "heedful_tuning_name": (ctypes.c_char_p, (index,)),
+        "heedful_tuning_get": (length, (index,)),
+        "heedful_tuning_set": (ctypes.c_int, (index, length)),
         "heedful_clear_caches": (length, ()),
         "heedful_peak_flops": (ctypes.c_double, (ctypes.c_int32, ctypes.c_double)),
         "heedful_read_bandwidth": (ctypes.c_double, (ctypes.c_size_t, ctypes.c_double)),
@@ -161,6 +122,27 @@ def isa_selected() -> int:
     return int(engine().heedful_isa_selected())
 
 
+def tuning() -> dict[str, int]:
+    """The engine's own constants by name, 0 for those that its cost model picks."""
+    library = engine()
+    return {
+        library.heedful_tuning_name(index).decode(): int(library.heedful_tuning_get(index))
+        for index in range(library.heedful_tuning_count())
+    }
+
+
+def tune(name: str, value: int) -> None:
+    """Have the engine use this value for one of its constants; 0 gives the choice back to its cost model.
+
+    Raises:
+        ValueError: where the engine has no such constant or refuses the value.
+    """
+    names = list(tuning())
+    if name not in names:
+        raise wrong_value("name", repr(name), f"one of {', '.join(map(repr, names))}")
+    _check(engine().heedful_tuning_set(names.index(name), value))
+
+
 def clear_caches() -> int:
     """Free the scratch memory that idle threads keep between calls; return how many bytes it was."""
     return int(engine().heedful_clear_caches())
@@ -185,18 +167,32 @@ def attention_forward(
     code: Sequence[int],
     operands: Sequence[torch.Tensor],
     scale: float,
+    *,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    query_offset: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
 ) -> None:
     """Run the engine's forward on the calling thread, into tensors that the caller made.
 
     query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv) and out (B, H, Lq, Dv) of one dtype and any
-    strides; lse (B, H, Lq) contiguous, float32, or float64 for float64.
+    strides; lse (B, H, Lq) contiguous, float32, or float64 for float64. bias is (B, H, Lq, Lk), where each size may be
+    1; alibi_slopes (B or 1, H); sinks (H,); query_offset int32 (B or 1,); with pages, int32 (B, n), key and value are
+    pools (blocks, Hkv, P, D or Dv).
 
     Raises:
         ValueError: where the engine refuses an argument.
         MemoryError: where there is no room for its scratch.
     """
     views = map(EngineTensor.of, (query, key, value, out, lse))
-    arguments = EngineForward(*views, scale, EngineSchedule.of(code, operands))
+    extras = map(EngineTensor.of, (bias, alibi_slopes, query_offset, sinks))
+    features = EngineFeatures(*extras, softcap, dropout_p, seed)
+    schedule = EngineSchedule.of(code, operands)
+    arguments = EngineForward(*views, scale, schedule, features, EngineTensor.of(pages))
     _check(engine().heedful_attention_forward(arguments, None))
 
 
@@ -276,29 +272,9 @@ def load_operators() -> None:
             raise ImportError(
                 f"heedful's operators cannot be loaded into torch {torch.__version__}: {error}", path=str(path)
             ) from error
-        if not hasattr(torch.ops.heedful, "attention_forward"):
+        from heedful.backend.native import fakes
+
+        if not all(hasattr(torch.ops.heedful, name) for name in fakes.FAKES):
             raise ImportError(f"torch {torch.__version__} refused the operators of {path}", path=str(path))
-        torch.library.register_fake("heedful::attention_forward", _fake_attention_forward)
+        fakes.register()
         _operators_loaded = True
-
-
-def _fake_attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    schedule: Sequence[int],
-    scale: float,
-    blhd: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes, dtypes and strides of what the operator returns, for tracing."""
-    import torch
-
-    batch, heads, q_length, _ = query.shape
-    value_dim = value.shape[3]
-    if blhd:
-        out = query.new_empty(batch, q_length, heads, value_dim).transpose(1, 2)
-    else:
-        out = query.new_empty(batch, heads, q_length, value_dim)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(batch, heads, q_length, dtype=statistics)

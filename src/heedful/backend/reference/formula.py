@@ -16,13 +16,15 @@ def attend(
     softcap: float | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    query_offset: Tensor | None = None,
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, Lq, Dv), log-sum-exp (B, H, Lq) and weights (B, H, Lq, Lk), all fp64.
 
     query is (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv); mask, bias and alibi_slopes broadcast to
-    (B, H, Lq, Lk); sinks is (H,); kept is what dropout multiplies the weights by.
+    (B, H, Lq, Lk); query_offset is (B or 1,), None for Lk - Lq; sinks is (H,); kept is what dropout multiplies the
+    weights by.
     """
     heads, q_length = query.shape[1:3]
     kv_heads, k_length = key.shape[1:3]
@@ -40,7 +42,8 @@ def attend(
     if bias is not None:
         scores = scores + bias.double()
     if alibi_slopes is not None:
-        position = torch.arange(q_length, device=query.device)[:, None] + k_length - q_length
+        offset = k_length - q_length if query_offset is None else query_offset.view(-1, 1, 1, 1)
+        position = torch.arange(q_length, device=query.device)[:, None] + offset
         distance = (position - torch.arange(k_length, device=query.device)).abs()
         scores = scores - alibi_slopes.double() * distance
     scores = scores.where(mask, -torch.inf)

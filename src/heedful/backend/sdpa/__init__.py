@@ -160,7 +160,8 @@ def _bias(call: Call) -> Tensor | None:
     bias = None if call.bias is None else call.bias.to(dtype)
     if call.alibi_slopes is not None:
         q_length, k_length = call.problem.q_length, call.problem.k_length
-        position = torch.arange(q_length, device=call.query.device)[:, None] + k_length - q_length
+        offset = k_length - q_length if call.query_offset is None else call.query_offset.view(-1, 1, 1, 1)
+        position = torch.arange(q_length, device=call.query.device)[:, None] + offset
         distance = (position - torch.arange(k_length, device=call.query.device)).abs()
         alibi = -call.alibi_slopes.to(dtype) * distance
         bias = alibi if bias is None else bias + alibi

@@ -1,0 +1,259 @@
+"""The engine's operators as one differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+class Settings(NamedTuple):
+    """What the operators are told beside tensors."""
+
+    schedule: tuple[int, ...]
+    scale: float
+    softcap: float
+    dropout_p: float
+    blhd: bool
+    weights: str | None
+    """None, "dense" or "sparse"."""
+    lse: bool
+
+
+class EngineAttention(torch.autograd.Function):
+    """Of query, key, value, bias, alibi_slopes, sinks and seed as the operators take them, settings, and operands.
+
+    Gives out alone, or out and lse, and behind them the weights that were asked for, as `compute_weights` gives them.
+    First derivatives only, of the six tensors through all outputs. What is kept for them is O(L) beside inputs and
+    output, and the weights where they are returned.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        found = _forward(*inputs)
+        _keep(ctx, inputs, found)
+        return found if inputs[7].lse or inputs[7].weights else found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> _Gradients:
+        # The operators have no derivative: what comes out would be taken for a constant. A compiled backward is refused
+        # by torch itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                gradients = _backward(ctx, *output_gradients)
+            return _refuse_second_derivatives(gradients, *output_gradients, *ctx.saved_tensors)
+        return _backward(ctx, *output_gradients)
+
+
+class Plan(NamedTuple):
+    """What `PlainAttention` does, made once for many calls."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    schedule: list[int]
+    scale: float
+    blhd: bool
+
+
+class PlainAttention(torch.autograd.Function):
+    """The same of query, key, value, a plan and operands alone, giving out: 10 of 65 µs less for a tiny call and its
+    backward. Not for tracing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *operands: Tensor) -> Tensor:
+        forward, _, schedule, scale, blhd = plan
+        out, lse = forward(query, key, value, operands, schedule, scale, blhd)
+        ctx.save_for_backward(query, key, value, out, lse, *operands)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> _Gradients:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                gradients = PlainAttention.backward(ctx, grad_out)
+            return _refuse_second_derivatives(gradients, grad_out, *ctx.saved_tensors)
+        grad_out = _in_rows(grad_out)
+        query, key, value, out, lse, *operands = ctx.saved_tensors
+        _, backward, schedule, scale, _ = ctx.plan
+        grad_query, grad_key, grad_value, _, _, _ = backward(
+            grad_out, query, key, value, out, lse, operands, schedule, scale, None, None, 0.0, 0.0, None, None, None,
+            False, False,
+        )  # fmt: skip
+        if operands:
+            return grad_query, grad_key, grad_value, None, *(None,) * len(operands)
+        return grad_query, grad_key, grad_value, None
+
+
+class TransformedAttention(torch.autograd.Function):
+    """The same for torch.func, always with all outputs. Second derivatives are refused before it begins."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> _Gradients:
+        with torch.no_grad():
+            return _backward(ctx, *output_gradients)
+
+
+# Function.apply without its search for transforms: 2.5 of 10 µs.
+apply_eagerly: Callable[..., Any] = super(torch.autograd.Function, EngineAttention).apply
+apply_plain_eagerly: Callable[..., Tensor] = super(torch.autograd.Function, PlainAttention).apply
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    settings: Settings,
+    *operands: Tensor,
+) -> tuple[Tensor, ...]:
+    schedule, scale, softcap, dropout_p, blhd, kind, _ = settings
+    out, lse = torch.ops.heedful.attention_forward.default(
+        query, key, value, operands, schedule, scale, blhd, bias, alibi_slopes, sinks, softcap, dropout_p, seed
+    )
+    if kind is None:
+        return out, lse
+    return out, lse, *compute_weights(settings, query, key, lse, operands, bias, alibi_slopes, seed)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.settings = inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output, *inputs[8:])
+    if inputs[7].weights == "sparse":
+        ctx.mark_non_differentiable(output[3])
+
+
+def compute_weights(
+    settings: Settings,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    operands: tuple[Tensor, ...],
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    query_offset: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The weights (B, H, Lq, Lk), or for "sparse" those of the attended pairs (n,) and their indices (4, n)."""
+    schedule, scale, softcap, dropout_p, _, kind, _ = settings
+    features = bias, alibi_slopes, softcap, dropout_p, seed, query_offset
+    if kind == "dense":
+        return (torch.ops.heedful.attention_weights.default(query, key, lse, operands, schedule, scale, *features),)
+    indices, values = torch.ops.heedful.attention_weights_sparse.default(
+        query, key, lse, operands, schedule, scale, *features
+    )
+    return values, indices
+
+
+def _backward(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None = None,
+    grad_weights: Tensor | None = None,
+    _grad_indices: Tensor | None = None,
+) -> _Gradients:
+    query, key, value, bias, alibi_slopes, sinks, seed, out, lse, *rest = ctx.saved_tensors
+    schedule, scale, softcap, dropout_p, _, kind, _ = ctx.settings
+    operands = rest if kind is None else rest[1:] if kind == "dense" else rest[2:]
+    none = (None,) * (1 + len(operands))
+    if grad_weights is not None:
+        if kind == "dense":
+            row_sums = (rest[0].to(lse.dtype) * grad_weights).sum(-1)
+        else:
+            row_sums, grad_weights = _densify(rest[0], rest[1], grad_weights, lse, key.shape[2])
+        grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
+    elif grad_out is None and grad_lse is None:
+        return (*(None,) * 7, *none)
+    if grad_out is None:
+        grad_out = out.new_zeros(()).expand_as(out)
+    grad_out = _in_rows(grad_out)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[3:6]
+    grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes = torch.ops.heedful.attention_backward.default(
+        grad_out, query, key, value, out, lse, operands, schedule, scale, bias, alibi_slopes, softcap, dropout_p, seed,
+        grad_lse, grad_weights, needs_bias, needs_slopes,
+    )  # fmt: skip
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        _bias_gradient(grad_bias, bias) if needs_bias else None,
+        _sum_last(grad_slopes).sum_to_size(alibi_slopes.shape).to(alibi_slopes.dtype) if needs_slopes else None,
+        _sinks_gradient(sinks, lse, delta) if needs_sinks else None,
+        None,
+        *none,
+    )
+
+
+def _in_rows(grad_out: Tensor) -> Tensor:
+    # Such as that of out.sum(): the engine reads numbers side by side faster, and sums them in another order.
+    return grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    # A row whose sink is -inf and that has no key: -inf - -inf.
+    share = (sinks.to(lse.dtype)[:, None] - lse).where(lse != -torch.inf, -torch.inf).exp()
+    return -_sum_last(share * delta).sum(0).to(sinks.dtype)
+
+
+def _bias_gradient(grad_bias: Tensor, bias: Tensor) -> Tensor:
+    if bias.shape[3] != grad_bias.shape[3]:
+        grad_bias = _sum_last(grad_bias).unsqueeze(-1)
+    return grad_bias.to(bias.dtype)
+
+
+def _sum_last(tensor: Tensor) -> Tensor:
+    """The sum over the last axis, by runs of fixed length: torch splits a long sum by the number of threads."""
+    run = 1024
+    while tensor.shape[-1] > run:
+        tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % run)).unflatten(-1, (-1, run)).sum(-1)
+    return tensor.sum(-1)
+
+
+def _densify(values: Tensor, indices: Tensor, grad_values: Tensor, lse: Tensor, k_length: int) -> tuple[Tensor, Tensor]:
+    """The row sums (B, H, Lq) of weights times their gradients, and the gradients (B, H, Lq, Lk)."""
+    batch, heads, q_length = lse.shape
+    row = (indices[0] * heads + indices[1]) * q_length + indices[2]
+    row_sums = lse.new_zeros(batch * heads * q_length).index_add(0, row, values.to(lse.dtype) * grad_values)
+    dense = grad_values.new_zeros(batch * heads * q_length * k_length)
+    dense = dense.index_put((row * k_length + indices[3],), grad_values)
+    return row_sums.view(lse.shape), dense.view(*lse.shape, k_length)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The first `count` tensors, as functions of all of them that raise where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> _Gradients:
+        raise RuntimeError(
+            'backend "native" has no second derivatives; backend="reference" has derivatives of any order'
+        )
+
+
+def _refuse_second_derivatives(gradients: _Gradients, *sources: Tensor | None) -> _Gradients:
+    """The same gradients, which raise where somebody differentiates them with respect to what they come from."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    leading = [source for source in sources if source is not None and source.requires_grad]
+    marked = iter(_NoSecondDerivative.apply(len(given), *given, *leading))  # type: ignore[no-untyped-call]
+    return tuple(None if gradient is None else next(marked) for gradient in gradients)
