@@ -19,6 +19,7 @@ _HOME = {
     "Attention": "problem",
     "Explanation": "explanation",
     "UnsupportedError": "errors",
+    "KVCache": "kv_cache",
     "Pattern": "patterns",
     "Full": "patterns",
     "Causal": "patterns",
@@ -46,6 +47,7 @@ __all__ = [
     "Explanation",
     "Full",
     "Global",
+    "KVCache",
     "Longformer",
     "Mask",
     "Padding",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from heedful.api import attention, clear_caches, explain, list_backends
     from heedful.errors import UnsupportedError
     from heedful.explanation import Explanation
+    from heedful.kv_cache import KVCache
     from heedful.patterns import (
         BigBird,
         BlockSparse,

@@ -9,6 +9,10 @@ Importing this module registers `attn_implementation="heedful"`, for `from_pretr
 It takes the place of a mask tensor as well: causality, windows, chunks, padding and packed sequences reach the
 attention call as patterns, made once a forward pass. What is not recognised goes as a `heedful.Mask` and is logged
 once.
+
+`HeedfulCache` is a cache for `generate` that no step copies:
+
+    model.generate(**inputs, past_key_values=heedful.hf.HeedfulCache(config=model.config))
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 if "q_offset" not in signature(masking_utils.sdpa_mask).parameters:
     raise ImportError(f"heedful.hf needs transformers 5.8 or newer, found {transformers.__version__}")
 
+from heedful.hf.cache import HeedfulCache
 from heedful.hf.forward import attention_forward
 from heedful.hf.masks import PatternMask, pattern_mask
 
-__all__ = ["PatternMask", "attention_forward", "pattern_mask"]
+__all__ = ["HeedfulCache", "PatternMask", "attention_forward", "pattern_mask"]
 
 AttentionInterface.register("heedful", attention_forward)
 AttentionMaskInterface.register("heedful", pattern_mask)

@@ -101,6 +101,11 @@ class Term(NamedTuple):
         bound = self.bound.shifted(slots) if self.bound is not None else None
         return Term(self.kind, self.numbers, bound, _shifted(self.slot, slots))
 
+    def aligned(self, slot: int) -> Term:
+        if self.bound is None or self.bound.symbol != END or self.bound.frame != NONE:
+            return self
+        return self._replace(bound=self.bound._replace(symbol=slot))
+
     def encode(self) -> tuple[int, ...]:
         return (self.kind, *self.numbers, *(self.bound if self.bound is not None else (self.slot,)))
 
@@ -227,8 +232,20 @@ class Schedule:
             atoms.append((same_document(0), *framed))
         return Schedule.of(atoms, self.slots + 2)
 
+    def aligned(self, slot: int) -> Schedule:
+        """The schedule with operand `slot` in place of END, k_length - q_length; inside documents END stays theirs."""
+        atoms = (tuple(term.aligned(slot) for term in atom) for atom in self.atoms)
+        return Schedule.of(atoms, max(self.slots, slot + 1))
+
     def encode(self) -> tuple[int, ...]:
         """The code that the module describes."""
+        return self._encoded() if torch.compiler.is_compiling() else self._code
+
+    @functools.cached_property
+    def _code(self) -> tuple[int, ...]:
+        return self._encoded()
+
+    def _encoded(self) -> tuple[int, ...]:
         if self.atoms == ((),):
             return ()
         code = [len(self.atoms)]

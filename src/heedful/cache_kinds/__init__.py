@@ -1,0 +1,1 @@
+"""How a `heedful.KVCache` keeps its keys and values: in one buffer, in a ring of blocks, or in blocks out of a pool."""
