@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 
 import heedful
 from heedful.cli import app
-from heedful.measure import isolated, peaks, rows, workloads
+from heedful.measure import isolated, machine, peaks, rows, workloads
 from heedful.measure.timing import Comparison
 from heedful.measure.workloads import TABLE, Target, Workload, select_rows
-from heedful.report.table import HEADINGS, cells, markdown
+from heedful.report.overview import document
+from heedful.report.table import HEADINGS, cells
 
 TINY = (
     Workload("forward", "full", "float32", 1, 2, 64, 16, Target(1000), Target(0.0001)),
@@ -43,7 +44,7 @@ def test_json_has_environment_peaks_and_every_row(tiny):
     done = bench("--quick", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert result.keys() == {"schema", "command", "environment", "peaks", "rows"}
+    assert result.keys() == {"schema", "mode", "command", "environment", "peaks", "interrupted", "rows"}
     assert result["command"] == "heedful bench --quick"
     assert [row["name"] for row in result["rows"]] == [row.name for row in TINY]
     for row in result["rows"][:-1]:
@@ -66,6 +67,61 @@ def test_text_table_names_every_row_and_is_not_cut_in_a_pipe(tiny):
     assert "\x1b" not in done.output
 
 
+def test_a_page_shows_the_table_and_its_bars(tiny, tmp_path):
+    target = tmp_path / "table.html"
+    assert bench("--html", str(target)).exit_code == 0
+    text = target.read_text()
+    for row in TINY:
+        assert row.title in text
+    assert text.count("<svg") == 2
+    assert "FAILED" not in text
+
+
+def test_rows_on_one_thread_are_timed_on_two_as_well(tiny):
+    rows_of = {row["name"]: row for row in json.loads(bench("--json").stdout)["rows"]}
+    if len(machine.affinity() or [0, 1]) < 2:
+        pytest.skip("one CPU")
+    for workload in TINY[:-1]:
+        more = rows_of[workload.name]["more_threads"]
+        if workload.kind == "overhead":
+            assert more is None
+        else:
+            assert more["threads"] == 2
+            assert more["scaling"] > 0
+            assert "of one" in cells(rows_of[workload.name])[6]
+    for row in json.loads(bench("--json", "--threads", "1").stdout)["rows"]:
+        assert row["more_threads"] is None
+
+
+def test_ctrl_c_keeps_the_rows_that_were_measured(tiny, monkeypatch, tmp_path):
+    right, calls = rows.run_row, []
+
+    def stop_at_the_third(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(rows, "run_row", stop_at_the_third)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n")
+    done = bench("--json", "--threads", "1", "--update", str(page))
+    assert done.exit_code == 130
+    assert len(json.loads(done.stdout)["rows"]) == 2
+    assert "old" in page.read_text()
+
+
+@pytest.mark.parametrize("kind", ["memory", "training memory"])
+def test_memory_rows_count_what_is_above_the_results(kind):
+    outcome = isolated.run_in_this_process(
+        Workload(kind, "window ±128", "float32", 1, 1, 300, 16), threads=1, seconds=0
+    )
+    assert all(check.passed for check in outcome.checks)
+    assert len(outcome.checks) == (1 if kind == "memory" else 4)
+    assert outcome.extra_bytes >= 0
+    assert "SDPA with its mask" in outcome.note
+
+
 def test_only_selects_and_refuses_what_matches_nothing(tiny):
     assert len(json.loads(bench("--json", "--only", "decode").stdout)["rows"]) == 1
     done = bench("--only", "no such row")
@@ -84,8 +140,8 @@ def test_files_are_written_whole(tiny, tmp_path):
     text = page.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n")
     assert text.endswith("<!-- bench:end -->\nafter\n")
-    assert markdown(result) in text
-    assert markdown(result) in done.stdout
+    assert document(result).markdown(result) in text
+    assert document(result).markdown(result) in done.stdout
     assert "`heedful bench --only forward --update README.md`" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "bench.json", "plot.png"]
 

@@ -24,7 +24,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ((), ["doctor", "bench", "demo", "--version"]),
+        ((), ["doctor", "bench", "demo", "tune", "--version"]),
         (("doctor",), ["--json"]),
         (("bench",), ["--quick", "--json", "--plot", "--markdown", "--update", "--threads", "--only"]),
         (("demo",), ["--quick", "--json", "--report"]),
@@ -42,7 +42,7 @@ def test_json_schema():
     report = json.loads(done.stdout)
     assert done.exit_code == 0, report["problems"]
     assert report.keys() == {
-        "environment", "engine", "torch", "transformers", "gpu", "openmp_runtimes", "backends", "problems",
+        "environment", "engine", "tuning", "torch", "transformers", "gpu", "openmp_runtimes", "backends", "problems",
     }  # fmt: skip
     assert report["engine"]["version"] == library.version()
     assert [tier["selected"] for tier in report["engine"]["tiers"]].count(True) == 1

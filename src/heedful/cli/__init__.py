@@ -11,6 +11,7 @@ from heedful import __version__
 from .benchmark import bench
 from .demonstration import demo
 from .diagnosis import doctor
+from .tuning import tune
 
 app = typer.Typer(
     name="heedful",
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(bench)
 app.command()(demo)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

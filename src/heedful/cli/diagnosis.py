@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -47,6 +48,7 @@ def diagnose() -> dict[str, Any]:
 
     problems: list[Problem] = []
     engine = _engine(problems)
+    tuning = _tuning(problems)
     transformers = _transformers(problems)
     environment = machine.environment()
     backends = _backends()
@@ -56,6 +58,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "environment": environment,
         "engine": engine,
+        "tuning": tuning,
         "torch": {
             "version": torch.__version__,
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -115,6 +118,31 @@ def _engine(problems: list[Problem]) -> dict[str, Any]:
     return found
 
 
+def _tuning(problems: list[Problem]) -> dict[str, Any]:
+    """Which table of thresholds and engine constants holds, and why a stored one does not."""
+    from heedful.backend.native import library, prefer
+    from heedful.measure.tuning import table_path
+
+    named = os.environ.get("HEEDFUL_TUNING")
+    path = Path(named) if named and named != "off" else table_path()
+    found: dict[str, Any] = {"path": str(path), "used": False, "reason": None}
+    if named == "off":
+        found["reason"] = "HEEDFUL_TUNING=off"
+    elif not path.exists():
+        found["reason"] = "not there; heedful tune measures one"
+    else:
+        try:
+            tier = library.isa_names()[library.isa_selected()]
+            found["reason"] = prefer._mismatch(json.loads(path.read_text()), tier)
+        except (ImportError, OSError, ValueError) as error:
+            found["reason"] = str(error)
+        found["used"] = found["reason"] is None
+        if not found["used"]:
+            what = f"the tuning table {path} is not used: {found['reason']}"
+            problems.append(Problem("warning", what, "run heedful tune again, or heedful tune --reset"))
+    return found
+
+
 def _transformers(problems: list[Problem]) -> dict[str, Any]:
     """Version of transformers and whether attn_implementation="heedful" is known there after import heedful.hf."""
     found: dict[str, Any] = {"version": machine.version_of("transformers"), "registered": False}
@@ -168,6 +196,8 @@ def _print(report: dict[str, Any]) -> None:
     line("engine", f"{engine['version'] or 'not loaded'} from {engine['path']}")
     cap = f" (capped by HEEDFUL_ISA={engine['isa_cap']})" if engine["isa_cap"] else ""
     line("tiers", (", ".join(_tier(tier) for tier in engine["tiers"]) or "unknown") + cap)
+    tuning = report["tuning"]
+    line("tuning", tuning["path"] if tuning["used"] else f"shipped values ({tuning['path']}: {tuning['reason']})")
     for backend in report["backends"]:
         line(f"  {backend['name']}", "available" if backend["available"] else f"not available: {backend['reason']}")
     for problem in report["problems"]:

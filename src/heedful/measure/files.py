@@ -37,8 +37,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def replace_block(path: str | Path, marker: str, content: str) -> None:
-    """Replace what stands between `<!-- marker:begin -->` and `<!-- marker:end -->` in a file, atomically.
+def check_block(path: str | Path, marker: str) -> str:
+    """The text of a file that has `<!-- marker:begin -->` and, after it, `<!-- marker:end -->`, each once.
 
     Raises:
         ValueError: the file does not have exactly one such pair of markers, in that order.
@@ -47,6 +47,17 @@ def replace_block(path: str | Path, marker: str, content: str) -> None:
     text = Path(path).read_text()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path} must hold {begin} and, after it, {end}, each once")
+    return text
+
+
+def replace_block(path: str | Path, marker: str, content: str) -> None:
+    """Replace what stands between `<!-- marker:begin -->` and `<!-- marker:end -->` in a file, atomically.
+
+    Raises:
+        ValueError: the file does not have exactly one such pair of markers, in that order.
+    """
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    text = check_block(path, marker)
     head, rest = text.split(begin)
     tail = rest.split(end)[1]
     write_atomically(path, f"{head}{begin}\n{content.strip()}\n{end}{tail}")

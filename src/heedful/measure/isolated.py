@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
-from .rows import Outcome, compare_forward, heedful_call, make_inputs, sdpa_call
+from .numerics import check_backward, check_forward
+from .rows import Call, Outcome, compare_forward, heedful_call, make_inputs, sdpa_call
 from .timing import pinned_threads
 from .workloads import TABLE, Workload
 
-NEEDS_OWN_PROCESS = frozenset({"memory", "model"})
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEEDS_OWN_PROCESS = frozenset({"memory", "training memory", "model"})
 TIME_LIMIT = 900
 
 
@@ -32,7 +37,7 @@ def run_isolated(workload: Workload, *, threads: int, seconds: float) -> Outcome
 
 def run_in_this_process(workload: Workload, *, threads: int, seconds: float) -> Outcome:
     """What the fresh process does."""
-    if workload.kind == "memory":
+    if workload.kind in ("memory", "training memory"):
         return _memory(workload, threads)
     if workload.kind == "model":
         from .model_row import compare_decoding
@@ -49,31 +54,38 @@ def run_in_this_process(workload: Workload, *, threads: int, seconds: float) -> 
 
 
 def _memory(workload: Workload, threads: int) -> Outcome:
-    """Memory that a call takes above its inputs and its output, at its peak."""
+    """Memory that a call or a training step takes above its inputs and what it returns, at its peak."""
     import torch
 
     import heedful
 
     from .memory import peak_bytes, reset_peak
 
-    pattern = workload.make_pattern()
-    q, k, v = make_inputs(workload)[0]
-    small = slice(None, 64)
-    with pinned_threads(threads), torch.no_grad():
-        # The first call of a process loads code and starts the pool, which is no property of the pattern.
-        heedful.attention(q[:, :, small], k[:, :, small], v[:, :, small], pattern=pattern)
-        backend = heedful.explain(q, k, v, pattern=pattern).backend
-        reset_peak()
-        before = peak_bytes()
-        out = heedful_call(pattern)(q, k, v)
-        ours = peak_bytes() - before - out.numel() * out.element_size()
-        reset_peak()
-        before = peak_bytes()
-        sdpa_call(workload)(q, k, v)
-        theirs = peak_bytes() - before - out.numel() * out.element_size()
-        from .numerics import check_forward
+    pattern, training = workload.make_pattern(), workload.kind == "training memory"
+    q, k, v = make_inputs(workload, gradients=training)[0]
+    grad_out = torch.ones_like(q, requires_grad=False)
 
-        checks = check_forward(workload.name, q, k, v, out, pattern=pattern)
+    def run(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        out = call(q, k, v)
+        return [out, *torch.autograd.grad(out, (q, k, v), grad_out[:, :, : q.shape[2]])] if training else [out]
+
+    def extra(call: Call) -> tuple[int, list[Tensor]]:
+        reset_peak()
+        before = peak_bytes()
+        made = run(call, q, k, v)
+        return peak_bytes() - before - sum(tensor.numel() * tensor.element_size() for tensor in made), made
+
+    with pinned_threads(threads), torch.set_grad_enabled(training):
+        # The first call of a process loads code and starts the pool, which is no property of the pattern.
+        run(heedful_call(pattern), *(tensor[:, :, :64] for tensor in (q, k, v)))
+        backend = heedful.explain(q, k, v, pattern=pattern).backend
+        ours, (out, *gradients) = extra(heedful_call(pattern))
+        theirs, _ = extra(sdpa_call(workload))
+        with torch.no_grad():
+            checks = check_forward(workload.name, q, k, v, out, pattern=pattern)
+            if training:
+                dq, dk, dv = gradients
+                checks += check_backward(workload.name, q, k, v, grad_out, (dq, dk, dv), pattern=pattern)
     note = f"extra memory {max(ours, 0) / 2**20:.1f} MiB; SDPA with its mask {theirs / 2**20:.0f} MiB"
     return Outcome(backend, None, checks, note, float(max(ours, 0)))
 

@@ -22,7 +22,8 @@ LAYERS = 4
 def compare_decoding(workload: Workload, threads: int, seconds: float) -> Outcome:
     """Check one step's logits against fp32, then time steps of both sides turn by turn.
 
-    The context is random keys and values put into each side's DynamicCache, which then grows as in generate().
+    The context is random keys and values put into each side's cache, transformers' DynamicCache and heedful's own. Both
+    then grow as in generate().
     """
     try:
         import transformers
@@ -62,14 +63,14 @@ def compare_decoding(workload: Workload, threads: int, seconds: float) -> Outcom
     backend = heedful.explain(query, *context[0]).backend
     token = torch.full((1, 1), 7)
 
-    def cache(cast: torch.dtype) -> Any:
-        filled = transformers.DynamicCache()
+    def cache(model: Any, cast: torch.dtype) -> Any:
+        filled = heedful.hf.HeedfulCache(config=model.config) if model is ours else transformers.DynamicCache()
         for layer, (key, value) in enumerate(context):
             filled.update(key.to(cast), value.to(cast), layer)
         return filled
 
     def logits(model: Any, cast: torch.dtype) -> Tensor:
-        out: Tensor = model(token, past_key_values=cache(cast)).logits
+        out: Tensor = model(token, past_key_values=cache(model, cast)).logits
         return out.double()
 
     with torch.no_grad(), pinned_threads(threads):
@@ -84,7 +85,7 @@ def compare_decoding(workload: Workload, threads: int, seconds: float) -> Outcom
             return Outcome(backend, checks=checks, note="numerical check failed: no speed-up is reported")
 
         def step(model: Any) -> Callable[[], object]:
-            grown = cache(dtype)
+            grown = cache(model, dtype)
             return lambda: model(token, past_key_values=grown).logits
 
         timing = interleave(step(theirs), step(ours), seconds=seconds, min_rounds=5)

@@ -7,6 +7,7 @@ reference at 8192 keys would cost more than everything that is measured.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checks import Check
@@ -62,6 +63,7 @@ def check_forward(
     *,
     pattern: Pattern | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
     sdpa_out: Tensor | None = None,
     selection: Selection | None = None,
 ) -> list[Check]:
@@ -75,6 +77,7 @@ def check_forward(
         out: (B, H, Lq, Dv), what is on trial.
         pattern: which pairs count; None is every pair.
         scale: 1/√D if None.
+        bias: broadcastable to (B, H, Lq, Lk), finite.
         sdpa_out: PyTorch's answer to the same call; with it, 16-bit outputs are also held to RMS ≤ 1.3 × its error.
         selection: rows and heads to look at, by default a random subset.
 
@@ -94,7 +97,8 @@ def check_forward(
     for b, h in picked.heads:
         q64, k64, v64 = query[b, h, rows].double(), key[b, h // group].double(), value[b, h // group].double()
         visible = None if dense is None else dense[min(b, len(dense) - 1), min(h, dense.shape[1] - 1)][rows]
-        reference, bound = _forward_reference(q64, k64, v64, visible, scale, query.dtype)
+        added = _bias_rows(bias, b, h, rows)
+        reference, bound = _forward_reference(q64, k64, v64, visible, scale, query.dtype, added)
         error = (out[b, h, rows].double() - reference).abs()
         worst = _worst(worst, error, bound)
         square += float(error.square().sum())
@@ -114,15 +118,16 @@ def check_backward(
     key: Tensor,
     value: Tensor,
     grad_out: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: Sequence[Tensor],
     *,
     pattern: Pattern | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
     kv_head: tuple[int, int] = (0, 0),
 ) -> list[Check]:
     """Checks of (dQ, dK, dV) for one (batch item, key head) and all of the query heads that share it.
 
-    Shapes as in check_forward; grad_out is (B, H, Lq, Dv).
+    Shapes and bias as in check_forward; grad_out is (B, H, Lq, Dv).
     """
     import torch
 
@@ -140,7 +145,7 @@ def check_backward(
             rows = slice(start, start + ROWS_AT_ONCE)
             q64, do64 = query[b, h, rows].double(), grad_out[b, h, rows].double()
             visible = None if dense is None else dense[min(b, len(dense) - 1), min(h, dense.shape[1] - 1), rows]
-            p, p_error = _probabilities(q64, k64, visible, scale, query.dtype)
+            p, p_error = _probabilities(q64, k64, visible, scale, query.dtype, _bias_rows(bias, b, h, rows))
             dp, out = do64 @ v64.T, p @ v64
             delta = (do64 * out).sum(-1, keepdim=True)
             ds = p * (dp - delta)
@@ -177,10 +182,24 @@ def _roundoff(dtype: object) -> float:
     return 2.0**-53 if _name(dtype) == "float64" else 2.0**-24
 
 
-def _probabilities(q: Tensor, k: Tensor, visible: Tensor | None, scale: float, dtype: object) -> tuple[Tensor, Tensor]:
+def _bias_rows(bias: Tensor | None, b: int, h: int, rows: Tensor | slice) -> Tensor | None:
+    """The rows (rows or 1, Lk or 1) in fp64 of one batch item and head of a bias that broadcasts."""
+    if bias is None:
+        return None
+    one = bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1)].double()
+    return one if len(one) == 1 else one[rows]
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, visible: Tensor | None, scale: float, dtype: object, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """p (rows, Lk) in fp64 and the relative error (rows, 1) that rounding may leave in it; 0 in a row with no key."""
     scores = scale * (q @ k.T)
     largest = scores.abs().amax(-1, keepdim=True)
+    if bias is not None:
+        # The sum is rounded where it is larger than either part.
+        scores = scores + bias
+        largest = largest.maximum(scores.abs().amax(-1, keepdim=True))
     if visible is None:
         p = scores.softmax(-1)
     else:
@@ -198,9 +217,9 @@ def _bound(reference: Tensor, spread: Tensor, dtype: Tensor | object) -> Tensor:
 
 
 def _forward_reference(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, dtype: object
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, dtype: object, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    p, p_error = _probabilities(q, k, visible, scale, dtype)
+    p, p_error = _probabilities(q, k, visible, scale, dtype, bias)
     reference = p @ v
     return reference, _bound(reference, p_error * (p @ v.abs()), dtype)
 

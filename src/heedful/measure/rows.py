@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .checks import Check, all_passed
-from .machine import last_level_cache_bytes
+from .machine import affinity, last_level_cache_bytes
 from .numerics import check_backward, check_forward
 from .peaks import Peaks
 from .timing import Comparison, interleave, pinned_threads, rotation
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Against the forward's two products the backward has five; a training step has all seven.
 PRODUCTS = {"forward": 1.0, "decode": 1.0, "overhead": 1.0, "backward": 2.5, "training": 3.5}
 ROTATED_BYTES_LIMIT = 512 << 20
+# Rows on one thread are timed on so many as well, for this share of the time.
+MORE_THREADS, MORE_SHARE = 2, 0.3
 PEERS = frozenset({"flex", "onnxruntime", "openvino"})
 Call = Callable[..., "Tensor"]
 
@@ -71,11 +74,13 @@ class Row:
     threads: int
     density: float
     peak: float | None
+    more: Outcome | None = None
+    more_peak: float | None = None
 
     @property
     def rate_unit(self) -> str:
         """GB/s where reading the cache is the work, else GFLOP/s; empty where neither makes sense."""
-        if self.workload.kind in ("overhead", "memory", "model"):
+        if self.workload.kind in ("overhead", "memory", "training memory", "model"):
             return ""
         return "GB/s" if self.workload.kind == "decode" else "GFLOP/s"
 
@@ -96,10 +101,12 @@ class Row:
     @property
     def peak_share(self) -> float | None:
         """heedful's rate over the measured ceiling."""
-        comparison = self.outcome.comparison
-        if comparison is None or self.peak is None or not self.rate_unit:
+        return self._share(self.outcome, self.peak)
+
+    def _share(self, outcome: Outcome, peak: float | None) -> float | None:
+        if outcome.comparison is None or peak is None or not self.rate_unit:
             return None
-        return self.rate(comparison.candidate_seconds) / self.peak
+        return self.rate(outcome.comparison.candidate_seconds) / peak
 
     def reached(self, target: Target | None) -> bool | None:
         """Whether a target is kept; None without a target or without a figure."""
@@ -137,6 +144,21 @@ class Row:
                 )
             },
             **self.outcome.to_json(),
+            "checks": [check.to_json() for check in self._checks()],
+            "more_threads": None if self.more is None else self._more_json(self.more),
+        }
+
+    def _checks(self) -> list[Check]:
+        return self.outcome.checks + (self.more.checks if self.more else [])
+
+    def _more_json(self, more: Outcome) -> dict[str, Any]:
+        """The row again on MORE_THREADS threads; scaling is the speed-up over one."""
+        one, many = self.outcome.comparison, more.comparison
+        return {
+            "threads": MORE_THREADS,
+            "comparison": many.to_json() if many else None,
+            "peak_share": self._share(more, self.more_peak),
+            "scaling": one.candidate_seconds / many.candidate_seconds if one and many else None,
         }
 
 
@@ -159,10 +181,29 @@ def run_row(workload: Workload, *, peaks: Peaks | None, threads: int | None, sec
     else:
         outcome = run_here(workload, threads=count, seconds=seconds)
     peak = None
+    more, more_peak = None, None
+    if threads is None and _runs_on_more(workload):
+        more = run_here(workload, threads=MORE_THREADS, seconds=MORE_SHARE * seconds)
     if peaks is not None:
-        decode = workload.kind == "decode"
-        peak = peaks.read_bandwidth.get(count) if decode else peaks.flops_of(workload.dtype, count)
-    return Row(workload, outcome, count, density, peak)
+        peak, more_peak = (_ceiling(workload, peaks, cores) for cores in (count, MORE_THREADS))
+    return Row(workload, outcome, count, density, peak, more, more_peak)
+
+
+def _ceiling(workload: Workload, peaks: Peaks, cores: int) -> float | None:
+    if workload.kind == "decode":
+        return peaks.read_bandwidth.get(cores)
+    return peaks.flops_of(workload.dtype, cores)
+
+
+def _runs_on_more(workload: Workload) -> bool:
+    """Whether a row is worth a second run: against SDPA, here, on one thread, with work to share."""
+    allowed = affinity()
+    return (
+        workload.baseline == "sdpa"
+        and workload.threads == 1
+        and workload.kind in ("forward", "backward", "training", "decode")
+        and (len(allowed) if allowed is not None else os.cpu_count() or 1) >= MORE_THREADS
+    )
 
 
 def run_here(workload: Workload, *, threads: int, seconds: float) -> Outcome:

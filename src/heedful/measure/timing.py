@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,15 +76,28 @@ def interleave(
         min_rounds: rounds to run in any case.
         max_rounds: rounds after which to stop even if time is left.
     """
-    repeats = [_repeats(side) for side in (baseline, candidate)]
-    samples: tuple[list[float], list[float]] = ([], [])
+    sides = (baseline, candidate)
+    samples = take_turns(sides, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    return compare_samples(*samples)
+
+
+def take_turns(
+    sides: Sequence[Callable[[], object]], *, seconds: float, min_rounds: int = 3, max_rounds: int = 200
+) -> list[list[float]]:
+    """Seconds per call of each side, one sample a round, for about `seconds` after a warm-up of each.
+
+    The side that goes first changes every round. The i-th samples of all sides were taken in the same round.
+    """
+    repeats = [_repeats(side) for side in sides]
+    samples: list[list[float]] = [[] for _ in sides]
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < deadline):
-        for side in ((0, 1), (1, 0))[rounds % 2]:
-            samples[side].append(_sample((baseline, candidate)[side], repeats[side]))
+        for turn in range(len(sides)):
+            index = (rounds + turn) % len(sides)
+            samples[index].append(_sample(sides[index], repeats[index]))
         rounds += 1
-    return compare_samples(*samples)
+    return samples
 
 
 def _repeats(call: Callable[[], object]) -> int:

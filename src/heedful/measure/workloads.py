@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from heedful import Pattern
 
-Kind = Literal["forward", "backward", "training", "decode", "overhead", "memory", "model"]
+Kind = Literal["forward", "backward", "training", "decode", "overhead", "memory", "training memory", "model"]
 Baseline = Literal["sdpa", "flex", "onnxruntime", "openvino", "heedful on 1 thread"]
 Shape = tuple[int, int, int, int]
 
@@ -147,11 +147,14 @@ def _sparse(pattern: str) -> Workload:
     return Workload("forward", pattern, FP32, *SPARSE, first, goal)
 
 
-def _decode(dtype: str, k_length: int, first: float, goal: float, threads: int = 1) -> Workload:
+def _decode(dtype: str, k_length: int, first: float | None, goal: float | None, threads: int = 1) -> Workload:
     shape = (1, 32, 1, 128)
-    return Workload(
-        "decode", FULL, dtype, *shape, Target(first), Target(goal), kv_heads=8, k_length=k_length, threads=threads
-    )
+    low, high = (None if speedup is None else Target(speedup) for speedup in (first, goal))
+    return Workload("decode", FULL, dtype, *shape, low, high, kv_heads=8, k_length=k_length, threads=threads)
+
+
+def _memory(kind: Kind) -> Workload:
+    return Workload(kind, WINDOW, FP32, *SPARSE, None, Target(4, "extra_mebibytes"), quick=False)
 
 
 def _scaling(kind: Kind, pattern: str, dtype: str) -> Workload:
@@ -184,12 +187,14 @@ TABLE: tuple[Workload, ...] = (
     _sparse("Longformer"),
     _sparse("BigBird"),
     _decode(BF16, 4096, 30, 42),
+    _decode(FP16, 4096, None, None),
     _decode(FP32, 4096, 4, 7),
     _decode(BF16, 16384, 18, 27, threads=2),
     Workload("overhead", FULL, FP32, 1, 1, 8, 8, Target(2, "extra_microseconds"), Target(0, "extra_microseconds")),
     _scaling("forward", FULL, FP32),
     _scaling("forward", CAUSAL, BF16),
     _scaling("backward", FULL, FP32),
+    _scaling("backward", CAUSAL, BF16),
     _row("backward", FULL, FP32, LONG, 1.2, 1.35),
     _row("backward", CAUSAL, FP32, LONG, 1.4, 1.65),
     _row("backward", FULL, BF16, LONG, 1.75, 2.0),
@@ -200,7 +205,8 @@ TABLE: tuple[Workload, ...] = (
     _peer("openvino", FULL, FP32, LONG, None, None),
     _peer("openvino", FULL, BF16, LONG, Target(1.15), Target(1.3)),
     _peer("openvino", CAUSAL, BF16, LONG, Target(2), Target(2.5)),
-    Workload("memory", WINDOW, FP32, *SPARSE, None, Target(4, "extra_mebibytes"), quick=False),
+    _memory("memory"),
+    _memory("training memory"),
     _model(4096, 1.5),
     _model(16384, 3),
 )

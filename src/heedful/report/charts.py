@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -18,10 +19,19 @@ class Bar(NamedTuple):
     emphasised: bool
 
 
-def bar_chart(title: str, bars: Sequence[Bar]) -> str:
-    """An SVG figure of horizontal bars that start at zero; its title and values are text, readable by a reader."""
-    longest = max([bar.value for bar in bars] + [1e-12])
-    room = WIDTH - LABEL_WIDTH - VALUE_WIDTH
+def bar_chart(title: str, bars: Sequence[Bar], *, logarithmic: bool = False, label_width: int = LABEL_WIDTH) -> str:
+    """An SVG figure of horizontal bars; its title and values are text, readable by a reader.
+
+    Bars start at zero, or at 1 to the right and to the left of it where they are logarithmic.
+    """
+    span = (
+        math.log(max([bar.value for bar in bars] + [1.01]))
+        if logarithmic
+        else max([bar.value for bar in bars] + [1e-12])
+    )
+    below = -math.log(min([bar.value for bar in bars] + [1.0])) if logarithmic else 0.0
+    room = WIDTH - label_width - VALUE_WIDTH / (2 if label_width > LABEL_WIDTH else 1)
+    unit = room / (span + below)
     height = TOP + len(bars) * (BAR + GAP)
     spoken = "; ".join(f"{bar.label} {bar.text}" for bar in bars)
     parts = [
@@ -31,11 +41,13 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
     for index, bar in enumerate(bars):
         top = TOP + index * (BAR + GAP)
         middle = top + BAR / 2
-        length = max(1.0, room * bar.value / longest)
+        length = unit * (math.log(bar.value) if logarithmic else bar.value)
+        width = max(abs(length), 1.0)
+        start = label_width + unit * below + min(length, 0.0)
         kind = "bar ours" if bar.emphasised else "bar"
         parts += [
-            f'<text class="label" x="{LABEL_WIDTH - 10}" y="{middle}" text-anchor="end">{escape(bar.label)}</text>',
-            f'<rect class="{kind}" x="{LABEL_WIDTH}" y="{top}" width="{length:.1f}" height="{BAR}" rx="3"/>',
-            f'<text class="value" x="{LABEL_WIDTH + length + 8:.1f}" y="{middle}">{escape(bar.text)}</text>',
+            f'<text class="label" x="{label_width - 10}" y="{middle}" text-anchor="end">{escape(bar.label)}</text>',
+            f'<rect class="{kind}" x="{start:.1f}" y="{top}" width="{width:.1f}" height="{BAR}" rx="3"/>',
+            f'<text class="value" x="{start + width + 8:.1f}" y="{middle}">{escape(bar.text)}</text>',
         ]
     return "\n".join([*parts, "</svg>"])

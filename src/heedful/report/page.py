@@ -7,7 +7,22 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-STYLE = """
+from .figure import DARK, LIGHT
+
+
+def _series_style() -> str:
+    """Colours of numbered series; a dot is filled, a line drawn."""
+    rules = "".join(
+        f"svg .s{n} {{ stroke: var(--s{n}); }} svg .dot.s{n} {{ fill: var(--s{n}); stroke: none; }}\n" for n in range(8)
+    )
+    light, dark = (" ".join(f"--s{n}: {colour};" for n, colour in enumerate(colours)) for colours in (LIGHT, DARK))
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{rules}"
+
+
+LONGEST_FIGURE = 48
+SERIES = _series_style()
+STYLE = (
+    """
 :root { color-scheme: light dark; --ink: #1d2321; --soft: #5c6663; --paper: #fbfbf9; --card: #ffffff; --line: #dfe3e0;
   --ours: #1f7a5c; --theirs: #b3bab7; --good: #1f7a5c; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eae8; --soft: #9aa5a1; --paper: #121615; --card: #1a201e;
@@ -36,18 +51,27 @@ svg .chart-title { font-weight: 600; dominant-baseline: auto; }
 svg .label { fill: var(--soft); }
 svg .bar { fill: var(--theirs); }
 svg .ours { fill: var(--ours); }
-.scroll { overflow-x: auto; }
+svg .tick { fill: var(--soft); font-size: 12px; }
+svg .grid { stroke: var(--line); }
+svg .line { fill: none; stroke-width: 2; }
+svg .rule { fill: none; stroke-width: 1.5; stroke-dasharray: 5 4; }
+svg .neutral { stroke: var(--soft); } svg .dot.neutral { fill: var(--soft); stroke: none; }
+"""
+    + SERIES
+    + """.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); }
 td span { font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 """
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. figures are (value, what it is); charts are SVG; facts are (name, value)."""
+    """A part of the page. figures are (value, what it is); charts are SVG; facts are (name, value);
+    grids are (headings, rows of text)."""
 
     title: str
     paragraphs: Sequence[str]
@@ -55,6 +79,7 @@ class Section:
     charts: Sequence[str] = ()
     checks: Sequence[dict[str, Any]] = ()
     facts: Sequence[tuple[str, str]] = field(default=())
+    grids: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
     failure: str | None = None
 
 
@@ -68,7 +93,8 @@ def page(title: str, lead: str, sections: Sequence[Section], command: str) -> st
     if failed:
         verdict = f'<p class="verdict bad">FAILED: {failed} of {len(checks)} checks or parts</p>'
     else:
-        verdict = f'<p class="verdict good">All {len(checks)} checks passed</p>'
+        what = "The check" if len(checks) == 1 else f"All {len(checks)} checks"
+        verdict = f'<p class="verdict good">{what} passed</p>'
     body = "\n".join(map(_section, sections))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -125,7 +151,15 @@ def _section(section: Section) -> str:
         parts.append("<h3>What ran</h3>" if section.checks else "")
         rows_of_facts = ((escape(name), escape(value)) for name, value in section.facts)
         parts.append(_table(("", ""), rows_of_facts))
+    for headings, rows_of_text in section.grids:
+        cells = ([_cell(cell) for cell in row] for row in rows_of_text)
+        parts.append(_table([escape(heading) for heading in headings], cells))
     return "\n".join([*parts, "</section>"])
+
+
+def _cell(text: str) -> str:
+    """A figure stays on one line; the page scrolls sideways where there are many. Sentences are wrapped."""
+    return f"<span>{escape(text)}</span>" if len(text) <= LONGEST_FIGURE else escape(text)
 
 
 def _verdict(check: dict[str, Any]) -> str:
