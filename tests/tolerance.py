@@ -1,13 +1,26 @@
 """How far from the fp64 reference a right result may be: bounds per element that follow from rounding alone.
 
 With u the unit roundoff of the statistics (2^-24, for fp64 2^-53), u_out that of the result's dtype, u_P half a unit
-in the last place of the probabilities where they are rounded before they meet the values, and s the scores before
-softcap and mask:
+in the last place of the probabilities where they are rounded before they meet the values, s the scores before
+softcap and mask, with what bias, ALiBi and sinks add to their size, and c = u_P + u (8 + 4 max|s|):
 
-    |out - ref| <= 8 [u_out |ref| + u_P Σ p|v| + u (8 + 4 max|s|) Σ p|v|] + the smallest subnormal of out's dtype
+    |out - ref| <= 8 [u_out |ref| + c Σ p|v| + tiny Σ|v| + n·least] + the smallest subnormal of out's dtype
 
-The gradients' bounds carry the same errors of p, c = u_P + u (8 + 4 max|s|), through dV = Pᵀ dO, dS = P ∘ (dP - δ),
-dQ = scale · dS K and dK = scale · dSᵀ Q, where δ is taken from the rounded output.
+where tiny is the smallest normal number of the statistics, under which a weight may be flushed to 0, and least their
+smallest subnormal, by which each of a sum's n terms may be off. Both show only where a sink leaves no larger weight in
+the row, or where inputs are denormal.
+
+Gradients. P are the weights before dropout, D what dropout multiplies them by, R = |dO| |V|ᵀ + |dW| the size of what
+arrives at a weight, δ = Σ P∘D∘(dO Vᵀ + dW) - dlse, and dS = P∘(D∘(dO Vᵀ + dW) - δ). P carries a relative error of c,
+what it is multiplied by one of c of R, and dS is rounded and flushed like P before it meets K and Q, which c and tiny
+cover too; δ is taken from outputs and weights that were rounded to u_out or the smallest subnormal. So
+
+    |dS - ref| <= 8 [((2c + u_out) P + tiny)∘(D∘R + Σ P∘D∘R + |dlse|) + P subnormal (Σ|dO| + Σ|dW|) + tiny]
+
+and the gradients have the errors of dQ = scale·dZ K, dK = scale·dZᵀ Q, dV = (P∘D)ᵀ dO, dbias = dS, dslope =
+-dS·distance and dsink = -exp(sink - lse)·δ, beside 8 u_out of their own value; sums are in the statistics' type. dZ is
+dS where there is no softcap, otherwise dS (1 - t²) with t = tanh(s / softcap): the factor is off by 4u, since t is
+rounded, and by 2 (1 - t²) / softcap times the error of s.
 """
 
 from __future__ import annotations
@@ -51,7 +64,7 @@ class Bounded:
 
 @dataclass
 class Expected:
-    """What one call should give; gradients are there where an output gradient was given."""
+    """What one call should give; gradients are there where one of an output was given."""
 
     out: Bounded
     lse: Bounded
@@ -73,72 +86,99 @@ def expected(
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
     grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    grad_weights: Tensor | None = None,
 ) -> Expected:
     """The reference and its bounds for `heedful.attention` of (B, H, L, D) tensors with these arguments.
 
-    kept is what dropout multiplies the weights by. grad_out (B, H, Lq, Dv) asks for gradients of q, k, v and of those
-    of bias and sinks that are given.
+    kept is what dropout multiplies the weights by. A grad_... of any output asks for the gradients of q, k, v and of
+    those of bias, alibi_slopes and sinks that are given, by these names.
     """
-    dtype = q.dtype
-    statistics = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    roundoff = torch.finfo(dtype).eps / 2
-    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    dtype, heads = q.dtype, q.shape[1]
+    q_length, k_length = q.shape[2], k.shape[2]
+    statistics = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    u, own = statistics.eps / 2, torch.finfo(dtype)
+    roundoff, subnormal = own.eps / 2, own.smallest_normal * own.eps
+    least = statistics.smallest_normal * statistics.eps
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = resolve_pattern(pattern, causal).dense(q.shape[2], k.shape[2], q.device)
-    slopes = None
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.detach().double().reshape(-1 if alibi_slopes.ndim == 2 else 1, q.shape[1], 1, 1)
-    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
-    given = {name: t for name, t in given.items() if t is not None}
-    leaves = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    wide = {"softcap": softcap, "alibi_slopes": slopes, "scale": scale, "kept": kept}
-    extras = {name: leaves.get(name) for name in ("bias", "sinks")}
-    out, lse, weights = attend(leaves["q"], leaves["k"], leaves["v"], mask, **extras, **wide)
+    mask = resolve_pattern(pattern, causal).dense(q_length, k_length, q.device)
+    given = {"q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    leaves = {name: t.detach().double().requires_grad_() for name, t in given.items() if t is not None}
+    slopes = leaves["alibi_slopes"].reshape(-1, heads, 1, 1) if "alibi_slopes" in leaves else None
+    features = {"softcap": softcap, "bias": leaves.get("bias"), "alibi_slopes": slopes, "sinks": leaves.get("sinks")}
+    results = attend(*(leaves[n] for n in "qkv"), mask, scale=scale, kept=kept, **features)
+    with torch.no_grad():
+        out, lse, weights = (result.detach() for result in results)
+        groups = heads // k.shape[1]
+        queries, keys, values = (leaves[name].nan_to_num(0, 0, 0) for name in "qkv")
+        keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+        scores = scale * queries @ keys.mT
+        distance = (torch.arange(q_length)[:, None] + k_length - q_length - torch.arange(k_length)).abs().double()
+        largest = _row_max(scores.abs())
+        if bias is not None:
+            largest = largest + _row_max(leaves["bias"].where(bias.isfinite(), 0.0).abs().expand_as(scores))
+        if slopes is not None:
+            largest = largest + slopes.abs() * _row_max(distance)
+        if sinks is not None:
+            largest = largest + leaves["sinks"].where(sinks.isfinite(), 0.0).abs().view(-1, 1, 1)
+        score_error = u * (8 + 4 * largest)
+        relative = PROBABILITY_ROUNDOFF[dtype] + score_error
+        spread = weights @ values.abs()
+        counted = mask if bias is None else mask & (bias != -torch.inf)
+        tiny = (statistics.smallest_normal * counted.double()).expand_as(weights)
+        found = Expected(
+            Bounded(
+                out,
+                MARGIN * (roundoff * out.abs() + relative * spread + tiny @ values.abs() + least * k_length)
+                + subnormal,
+            ),
+            Bounded(lse, MARGIN * (score_error.squeeze(-1) + u * lse.nan_to_num(0, 0, 0).abs())),
+            Bounded(weights, MARGIN * ((roundoff + relative) * weights + tiny) + subnormal),
+            {},
+        )
+    upstream = (grad_out, grad_lse, grad_weights)
+    reached = [(y, dy.detach().double()) for y, dy in zip(results, upstream, strict=True) if dy is not None]
+    if not reached:
+        return found
+    outputs, arriving = zip(*reached, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), arriving, materialize_grads=True)
 
     with torch.no_grad():
-        groups = q.shape[1] // k.shape[1]
-        keys, values = (leaves[n].nan_to_num(0, 0, 0).repeat_interleave(groups, 1) for n in "kv")
-        queries = leaves["q"].nan_to_num(0, 0, 0)
-        largest = _row_max((scale * queries @ keys.mT).abs())
-        for extra in (bias, slopes):
-            if extra is not None:
-                finite = extra.double().where(extra.isfinite(), 0.0).abs()
-                reach = finite.reshape((1,) * (4 - extra.ndim) + extra.shape).amax((-2, -1), keepdim=True)
-                largest = largest + reach * (max(q.shape[2], k.shape[2]) if extra is slopes else 1)
-        relative = PROBABILITY_ROUNDOFF[dtype] + statistics * (8 + 4 * largest)
-        spread = weights @ values.abs()
-        bounded_out = Bounded(out, MARGIN * (roundoff * out.abs() + relative * spread) + subnormal)
-        lse_error = MARGIN * statistics * (8 + 4 * largest.squeeze(-1) + lse.nan_to_num(0, 0, 0).abs())
-        bounded_lse = Bounded(lse, lse_error.expand_as(lse))
-        bounded_weights = Bounded(weights, MARGIN * (roundoff + relative) * weights + subnormal)
-    gradients: dict[str, Bounded] = {}
-    if grad_out is not None:
-        grad_out = grad_out.detach().double()
-        found = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
-        with torch.no_grad():
-            reach = grad_out.abs() @ values.abs().mT + (grad_out.abs() * spread).sum(-1, keepdim=True)
-            score_error = weights * reach * (2 * relative + roundoff)
-            errors = {
-                "q": scale * score_error @ keys.abs(),
-                "k": _per_kv_head(scale * score_error.mT @ queries.abs(), groups),
-                "v": _per_kv_head((relative * weights).mT @ grad_out.abs(), groups),
-            }
-            if bias is not None:
-                errors["bias"] = score_error.sum_to_size(torch.broadcast_shapes(bias.shape, (1, 1, 1, 1))).view_as(bias)
-            if sinks is not None:
-                share = torch.exp(sinks.double().view(1, -1, 1) - lse).unsqueeze(-1)
-                errors["sinks"] = (share * (grad_out.abs() * spread).sum(-1, keepdim=True) * 2 * relative).sum(
-                    (0, 2, 3)
-                )
-            for name, gradient in found.items():
-                own = torch.finfo(given[name].dtype).eps / 2
-                gradients[name] = Bounded(gradient, MARGIN * (own * gradient.abs() + errors[name]) + subnormal)
-    return Expected(
-        Bounded(out.detach(), bounded_out.bound),
-        Bounded(lse.detach(), bounded_lse.bound),
-        Bounded(weights.detach(), bounded_weights.bound),
-        gradients,
-    )
+        dropped = torch.ones(()) if kept is None else kept.double()
+        probabilities = weights
+        if kept is not None:
+            probabilities = attend(*(leaves[n] for n in "qkv"), mask, scale=scale, **features)[2]
+        size_out, size_lse, size_weights = (
+            torch.zeros_like(y) if dy is None else dy.detach().double().abs()
+            for y, dy in zip((out, lse, weights), upstream, strict=True)
+        )
+        reach = size_out @ values.abs().mT + size_weights
+        row_reach = (weights * reach).sum(-1, keepdim=True) + size_lse.unsqueeze(-1)
+        reach = dropped * reach + row_reach
+        weight_error = (2 * relative + roundoff) * probabilities + tiny
+        lost = subnormal * (size_out.sum(-1, keepdim=True) + size_weights.sum(-1, keepdim=True))
+        ds_error = weight_error * reach + probabilities * lost + tiny
+        dz_error = ds_error
+        if softcap is not None:
+            slope = 1 - torch.tanh(scores / softcap).square()
+            dz_error = slope * ds_error + probabilities * reach * (4 * u + 2 * slope * score_error / softcap)
+        errors = {
+            "q": abs(scale) * dz_error @ keys.abs() + least * k_length,
+            "k": _per_kv_head(abs(scale) * dz_error.mT @ queries.abs() + least * q_length, groups),
+            "v": _per_kv_head((relative * weights + tiny).mT @ size_out + least * q_length, groups),
+        }
+        if bias is not None:
+            errors["bias"] = ds_error.sum_to_size((1,) * (4 - bias.ndim) + tuple(bias.shape)).view(bias.shape)
+        if alibi_slopes is not None:
+            errors["alibi_slopes"] = (ds_error * distance).sum_to_size(slopes.shape).view(alibi_slopes.shape)
+        if sinks is not None:
+            share = torch.exp(leaves["sinks"].view(-1, 1) - lse.where(lse != -torch.inf, torch.inf))
+            errors["sinks"] = (share.unsqueeze(-1) * ((2 * relative + roundoff) * row_reach + lost)).sum((0, 2, 3))
+        for name, gradient in zip(leaves, gradients, strict=True):
+            kind = torch.finfo(given[name].dtype)
+            bound = MARGIN * (kind.eps / 2 * gradient.abs() + errors[name]) + kind.smallest_normal * kind.eps
+            found.gradients[name] = Bounded(gradient, bound)
+    return found
 
 
 def _row_max(scores: Tensor) -> Tensor:
