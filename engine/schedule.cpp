@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "error.h"
@@ -316,18 +317,9 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
     }
 }
 
-void Schedule::select(int64_t batch_index, int64_t q_begin, int64_t q_end, std::vector<int32_t> &selected) const {
-    selected.clear();
-    const int64_t item = shared_ ? 0 : batch_index;
-    for (int64_t a = batch_begin_[item]; a < batch_begin_[item + 1]; ++a)
-        if (atoms_[a].q_begin < q_end && q_begin < atoms_[a].q_end) selected.push_back(int32_t(a));
-}
-
 int64_t Schedule::work(int64_t batch_index, int64_t q_begin, int64_t q_end) const {
-    std::vector<int32_t> selected;
-    select(batch_index, q_begin, q_end, selected);
     int64_t total = 0;
-    for (int32_t a : selected) {
+    for_atoms(batch_index, q_begin, q_end, [&](int32_t a) {
         const Atom &atom = atoms_[a];
         const int64_t first = std::max(q_begin, atom.q_begin), last = std::min(q_end, atom.q_end) - 1;
         for (int64_t query : {first, (first + last) / 2, last}) {
@@ -335,7 +327,7 @@ int64_t Schedule::work(int64_t batch_index, int64_t q_begin, int64_t q_end) cons
             row_range(atom, query, low, high);
             total += std::max<int64_t>(high - low, 0) * (last - first + 1) / 3;
         }
-    }
+    });
     return total;
 }
 
@@ -399,15 +391,16 @@ class Schedule::Sieve {
 };
 
 AtomSelection::AtomSelection(const Schedule &schedule, int64_t batch_index, int64_t q_begin, int64_t q_end)
-    : schedule_(schedule), batch_index_(batch_index) {
-    std::vector<int32_t> selected;
-    schedule.select(batch_index, q_begin, q_end, selected);
-    count_ = selected.size();
-    atoms_ = new int32_t[count_ + 1];
-    std::copy(selected.begin(), selected.end(), atoms_);
+    : schedule_(schedule), batch_index_(batch_index), count_(0), atoms_(few_) {
+    schedule.for_atoms(batch_index, q_begin, q_end, [this](int32_t) { ++count_; });
+    if (count_ > int64_t(std::size(few_))) atoms_ = new int32_t[size_t(count_)];
+    int32_t *next = atoms_;
+    schedule.for_atoms(batch_index, q_begin, q_end, [&next](int32_t atom) { *next++ = atom; });
 }
 
-AtomSelection::~AtomSelection() { delete[] atoms_; }
+AtomSelection::~AtomSelection() {
+    if (atoms_ != few_) delete[] atoms_;
+}
 
 // Both ends of a row's range never decrease from one row to the next, so the first and the last row bound
 // the rest.

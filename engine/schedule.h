@@ -48,8 +48,12 @@ class Schedule {
     // Whether heads differ: then the rows of one query must be expanded one by one.
     bool per_head() const { return per_head_; }
 
-    // The atoms that can touch rows [q_begin, q_end), in order.
-    void select(int64_t batch_index, int64_t q_begin, int64_t q_end, std::vector<int32_t> &selected) const;
+    // Calls body with the index of every atom that can touch rows [q_begin, q_end), in order.
+    template <class Body> void for_atoms(int64_t batch_index, int64_t q_begin, int64_t q_end, Body body) const {
+        const int64_t item = shared_ ? 0 : batch_index;
+        for (int64_t a = batch_begin_[item]; a < batch_begin_[item + 1]; ++a)
+            if (atoms_[a].q_begin < q_end && q_begin < atoms_[a].q_end) body(int32_t(a));
+    }
 
     // Pairs that count among rows [q_begin, q_end), gaps inside a row's range not subtracted: the
     // balance of work needs no more.

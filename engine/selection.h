@@ -42,6 +42,7 @@ class AtomSelection {
     const Schedule &schedule_;
     int64_t batch_index_, count_;
     int32_t *atoms_; // indices into the schedule's
+    int32_t few_[8]; // where they are, if there is room: tiny calls make one selection for every head
 };
 
 } // namespace heedful

@@ -24,8 +24,17 @@ template <class A> struct Direct {
 
     // The first `count` numbers of a vector, zero for the rest.
     static INLINE typename W::V part_of_words(const Input *p, int64_t count) {
-        Input line[STEP] = {};
-        __builtin_memcpy(line, p, count * sizeof(Input));
+        alignas(64) Input line[STEP] = {};
+#if defined(__AVX512F__)
+        // A copy of a length that the compiler does not know is a call.
+        const uint64_t mask = (uint64_t(1) << count) - 1;
+        if constexpr (sizeof(Input) == 8) _mm512_store_pd(line, _mm512_maskz_loadu_pd(__mmask8(mask), p));
+        else if constexpr (sizeof(Input) == 4) _mm512_store_ps(line, _mm512_maskz_loadu_ps(__mmask16(mask), p));
+        else if constexpr (STEP == 32) _mm512_store_si512(line, _mm512_maskz_loadu_epi16(__mmask32(mask), p));
+        else _mm256_store_si256((__m256i *)line, _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+#else
+        for (int64_t d = 0; d < count; ++d) line[d] = p[d];
+#endif
         return A::words(line);
     }
 
@@ -82,12 +91,13 @@ template <class A> struct Direct {
             __builtin_memcpy(score + m * SCORE_STRIDE, (const T *)&total + m * KEYS, KEYS * sizeof(T));
     }
 
-    // Scores of all rows against one unit of keys; `next` are the rows that will be wanted some units later.
+    // Scores of all rows against the first `keys` of one unit; `next` are the rows that will be wanted some units
+    // later.
     static INLINE void scores(const Word *query, int64_t stride, int rows, const Input *const *key,
-                              const Input *const *next, int64_t head_dim, T *score) {
+                              const Input *const *next, int keys, int64_t head_dim, T *score) {
         const auto against = [&](int first, auto count) {
             constexpr int M = decltype(count)::value, KEYS = LANES / M;
-            for (int k = 0; k < UNIT; k += KEYS) {
+            for (int k = 0; k < keys; k += KEYS) {
                 if (first == 0)
                     for (int ahead = k; ahead < k + KEYS; ++ahead) prefetch(next[ahead], head_dim);
                 score_keys<M>(query + first * stride, stride, key + k, head_dim, score + first * SCORE_STRIDE + k);

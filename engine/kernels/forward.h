@@ -143,6 +143,7 @@ template <class A> struct Forward {
         const Word *value[UNITS];
         const Input *key_row[KEY_BLOCK], *value_row[KEY_BLOCK];
         const Input *next_key[KEY_BLOCK], *next_value[KEY_BLOCK]; // of some units later
+        int keys; // of the listed units, without those behind the last that a row uses
     };
 
     // One tile of rows against the listed units of one key block. `top` holds each row's maximum so far, in
@@ -159,7 +160,9 @@ template <class A> struct Forward {
         if constexpr (DIRECT) {
             for (int u = 0; u < seen.unit_count; ++u)
                 InPlace::scores(query, InPlace::query_stride(call.head_dim), rows, operands.key_row + u * UNIT,
-                                operands.next_key + u * UNIT, call.head_dim, s.score + u * UNIT);
+                                operands.next_key + u * UNIT,
+                                operands.keys - u * UNIT < UNIT ? operands.keys - u * UNIT : UNIT, call.head_dim,
+                                s.score + u * UNIT);
         }
         Tile::for_panels(rows, [&](int first, auto count) {
             constexpr int M = decltype(count)::value;
@@ -200,8 +203,8 @@ template <class A> struct Forward {
         }
         if (rules.drops) drop_weights(rules, block, seen, listed, rows, s.weight);
         if constexpr (DIRECT) {
-            InPlace::values(s.weight, rows, operands.value_row, operands.next_value, seen.unit_count * UNIT,
-                            call.value_dim, out, s.value_stride, decay);
+            InPlace::values(s.weight, rows, operands.value_row, operands.next_value, operands.keys, call.value_dim, out,
+                            s.value_stride, decay);
         } else {
             Tile::for_panels(rows, [&](int first, auto count) {
                 const typename Tile::Listed &own = listed[first / PANEL];
@@ -351,9 +354,11 @@ template <class A> struct Forward {
             values.rows(first, UNIT, operands.value_row + u * UNIT);
             find_next(keys, first + ahead, operands.key_row + u * UNIT, operands.next_key + u * UNIT);
             find_next(values, first + ahead, operands.value_row + u * UNIT, operands.next_value + u * UNIT);
+            operands.keys = (u + 1) * UNIT;
             if (!seen.partial[u]) continue;
             const int key = seen.index[u] * UNIT;
-            const uint64_t used = seen.used[key / 64] >> (key % 64);
+            const uint64_t used = seen.used[key / 64] >> (key % 64) & Rules<A>::ALL;
+            operands.keys = u * UNIT + int(round_up(64 - __builtin_clzll(used), A::PER_WORD));
             for (int k = 0; k < UNIT; ++k) {
                 if (used >> k & 1) continue;
                 operands.key_row[u * UNIT + k] = operands.value_row[u * UNIT + k] = s.nothing;

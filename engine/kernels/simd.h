@@ -210,7 +210,8 @@ template <> struct Real<float> : Words<float> {
         const V whole = __builtin_convertvector(n, V);
 #endif
         const V p = polynomial<DEGREE>(t - whole);
-        const V scaled = (V)((I)p + (n << 23));
+        typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES))); // wraps for an x that is out of range
+        const V scaled = (V)((Bits)p + ((Bits)n << 23));
         return x < lowest ? V{} : scaled;
 #endif
     }
@@ -316,7 +317,8 @@ template <> struct Real<double> : Words<double> {
         const V whole = __builtin_convertvector(n, V);
 #endif
         const V p = polynomial<DEGREE>(t - whole);
-        const V scaled = (V)((I)p + (n << 52));
+        typedef uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+        const V scaled = (V)((Bits)p + ((Bits)n << 52));
         return x < lowest ? V{} : scaled;
 #endif
     }
