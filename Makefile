@@ -1,22 +1,66 @@
-# make demo, make test, make bench, make lint: each sets up what it needs in .venv first.
+# make demo, make test, make bench, make lint, make sanitize, make fuzz, make test-arm, make bench-tiles: each sets up
+# what it needs in .venv first.
 #   PYTHON       the Python (3.11 or newer) that .venv is made with
 #   TORCH_INDEX  the index to take torch from, as in https://download.pytorch.org/whl/cpu; empty: pip's own
 PYTHON ?= python3
 CXX ?= g++
 TORCH_INDEX ?=
+# What make test-arm compiles with and runs under, and how long make fuzz looks.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64-static
+FUZZ ?= --seconds 60
 
 BIN := .venv/bin
 BUILD := build/native
+# Slow code in short runs: a few calls of each test, compiled quickly.
+SANITIZED := -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DHEEDFUL_TEST_ROUNDS=30
+comma := ,
 SOURCES := $(shell find engine bridge benchmarks -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test bench lint format build compiler clean
+# $(call configure,folder,options): a build folder, made once.
+configure = test -f $(1)/build.ninja || $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(2)
+
+.PHONY: demo test disassembly test-arm sanitize fuzz bench bench-tiles lint format build compiler clean
 
 demo: build .venv/demo.stamp
 	$(BIN)/heedful demo
 
-test: build .venv/demo.stamp
+test: build disassembly .venv/demo.stamp
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=ignore
 	$(BIN)/python -m pytest
+
+# The inner loops of the tile kernels keep their sums in registers.
+disassembly: build
+	$(BIN)/python engine/tests/check_disassembly.py $(BUILD)
+
+# The engine and its tests for aarch64, emulated.
+test-arm: .venv/requirements.stamp
+	@command -v $(ARM_CXX) >/dev/null && command -v $(ARM_RUN) >/dev/null || { echo "make test-arm needs $(ARM_CXX) and $(ARM_RUN) (apt install g++-aarch64-linux-gnu qemu-user-static)"; exit 1; }
+	@$(call configure,build/arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM_RUN) -DHEEDFUL_TEST_ROUNDS=40)
+	$(BIN)/cmake --build build/arm --target engine_tests
+	$(BIN)/ctest --test-dir build/arm --output-on-failure
+	$(BIN)/python engine/tests/check_disassembly.py build/arm --objdump $(ARM_CXX:g++=objdump)
+
+# The engine's own tests under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: compiler .venv/requirements.stamp
+	@$(call configure,build/asan,-DCMAKE_CXX_COMPILER=$(CXX) $(SANITIZED) -DHEEDFUL_SANITIZE=address$(comma)undefined)
+	@$(call configure,build/tsan,-DCMAKE_CXX_COMPILER=$(CXX) $(SANITIZED) -DHEEDFUL_SANITIZE=thread)
+	$(BIN)/cmake --build build/asan --target engine_tests
+	$(BIN)/ctest --test-dir build/asan --output-on-failure
+	$(BIN)/cmake --build build/tsan --target engine_tests
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure
+
+# FUZZ="--seed N" runs one input again, FUZZ="--count N" a number of them.
+fuzz: compiler .venv/requirements.stamp
+	@$(call configure,build/asan,-DCMAKE_CXX_COMPILER=$(CXX) $(SANITIZED) -DHEEDFUL_SANITIZE=address$(comma)undefined)
+	$(BIN)/cmake --build build/asan --target attention_fuzz
+	build/asan/attention_fuzz $(FUZZ)
+
+# What each tile kernel reaches of the multiply-add rate, by tier.
+bench-tiles: compiler .venv/requirements.stamp
+	@$(call configure,build/bench,-DCMAKE_CXX_COMPILER=$(CXX) -DHEEDFUL_BENCHMARKS=ON)
+	$(BIN)/cmake --build build/bench
+	@for program in build/bench/tiles_*; do $$program || exit 1; done
 
 bench: build
 	$(BIN)/heedful bench
@@ -34,7 +78,7 @@ format: .venv/package.stamp
 
 # The engine and the bridge, in place: the package runs from src. Only what changed is compiled.
 build: compiler .venv/package.stamp
-	@test -f $(BUILD)/build.ninja || CXX=$(CXX) $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	@$(call configure,$(BUILD),-DCMAKE_CXX_COMPILER=$(CXX))
 	@$(BIN)/cmake --build $(BUILD)
 	@$(BIN)/cmake --install $(BUILD) --prefix src >/dev/null
 
