@@ -182,7 +182,7 @@ void backward(const heedful_backward &arguments, const heedful_threads *threads)
     if (call.grad_slopes)
         std::memset(call.grad_slopes, 0, size_t(call.batch * call.heads * call.q_length) * kernel.number_bytes);
     if (call.batch * call.heads == 0 || call.q_length + call.k_length == 0) return;
-    const Schedule schedule(arguments.schedule, call.batch, call.q_length, call.k_length);
+    const Schedule schedule(arguments.schedule, call.batch, call.heads, call.q_length, call.k_length);
     const int64_t bytes = dtype_bytes(arguments.query.dtype);
     // The bias gradient is added to by whole vectors of keys.
     for_classes(schedule, call, bytes, !call.grad_bias, [&](BackwardCall &part) {

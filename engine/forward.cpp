@@ -136,7 +136,7 @@ void run(ForwardCall &call, const ForwardKernel &kernel, const heedful_threads *
 void forward(const heedful_forward &arguments, const heedful_threads *threads) {
     ForwardCall call = checked(arguments);
     if (call.batch * call.heads * call.q_length == 0) return;
-    const Schedule schedule(arguments.schedule, call.batch, call.q_length, call.k_length);
+    const Schedule schedule(arguments.schedule, call.batch, call.heads, call.q_length, call.k_length);
     const ForwardKernel &kernel = selected_tier().forward[arguments.query.dtype];
     const int64_t bytes = dtype_bytes(arguments.query.dtype);
     for_classes(schedule, call, bytes, true, [&](ForwardCall &part) {

@@ -99,7 +99,8 @@ void read_inputs(const heedful_tensor &query, const heedful_tensor &key, const h
         REQUIRE(pages->size[0] == inputs.batch, "pages: has " + std::to_string(pages->size[0]) + " rows, takes " +
                                                     std::to_string(inputs.batch) + ", the batch");
         REQUIRE(key.size[2] > 0, "key: has pages of no key");
-        inputs.pages = {static_cast<const int32_t *>(pages->data), pages->stride[0], pages->stride[1], key.size[2]};
+        inputs.pages = {static_cast<const int32_t *>(pages->data), pages->stride[0], pages->stride[1], key.size[2],
+                        key.size[0]};
         inputs.k_length = pages->size[1] * key.size[2];
         blocks = key.size[0];
     }

@@ -16,7 +16,7 @@ constexpr int64_t NONE = -1, END = -2;
 enum Kind { BOUND = 0, STEP = 1, CHUNK = 2, DOCUMENTS = 3, BLOCKS = 4, MASK = 5 };
 constexpr int TERM_LENGTH[] = {7, 6, 6, 2, 3, 2};
 
-int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : (a + 1) / b - 1; }
 int64_t modulo(int64_t a, int64_t b) { return a - floor_divide(a, b) * b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return std::min(std::max(x, low), high); }
 
@@ -31,6 +31,16 @@ const heedful_tensor &operand(const heedful_schedule &source, int64_t slot, int3
     REQUIRE(tensor.dtype == dtype, "schedule: operand " + std::to_string(slot) + " has dtype code " +
                                        std::to_string(tensor.dtype) + ", not " + std::to_string(dtype));
     return tensor;
+}
+
+void check_operand(const heedful_tensor &tensor) {
+    REQUIRE(tensor.ndim >= 1 && tensor.ndim <= 4, "schedule: an operand must have 1 to 4 dimensions");
+    bool empty = false;
+    for (int axis = 0; axis < tensor.ndim; ++axis) {
+        REQUIRE(tensor.size[axis] >= 0, "schedule: an operand has a negative size");
+        empty |= tensor.size[axis] == 0;
+    }
+    REQUIRE(tensor.data || empty, "schedule: an operand has no data");
 }
 
 int64_t read_int32(const heedful_tensor &tensor, int64_t index) {
@@ -80,7 +90,7 @@ class AtomReader {
             const heedful_tensor &tensor = operand(source_, bound[1], HEEDFUL_INT32);
             symbol = read_int32(tensor, tensor.size[tensor.ndim - 1] == 1 ? 0 : batch_index_);
         }
-        return clamp(bound[0] + bound[2] * symbol, -FAR, FAR);
+        return clamp(clamp(bound[0], -2 * FAR, 2 * FAR) + bound[2] * symbol, -FAR, FAR);
     }
 
     const Frame *frame(int64_t slot) const {
@@ -141,28 +151,36 @@ inline void Schedule::row_range(const Atom &atom, int64_t query, int64_t &low, i
     }
 }
 
-Schedule::Schedule(const heedful_schedule &source, int64_t batch, int64_t q_length, int64_t k_length)
+Schedule::Schedule(const heedful_schedule &source, int64_t batch, int64_t heads, int64_t q_length, int64_t k_length)
     : q_length_(q_length), k_length_(k_length) {
     const int64_t *code = source.code;
+    REQUIRE(q_length >= 0 && k_length >= 0, "q_length, k_length: are " + std::to_string(q_length) + " and " +
+                                                std::to_string(k_length) + ", take 0 or more");
     if (source.code_length == 0) {
         atoms_.push_back({0, q_length, 0, k_length, -FAR, FAR, 1, 0, 0, 0, 0, 0});
         batch_begin_ = {0, 1};
         return;
     }
-    for (int64_t slot = 0; slot < source.operand_count; ++slot) {
-        const heedful_tensor &tensor = source.operands[slot];
-        REQUIRE(tensor.ndim >= 1 && tensor.ndim <= 4, "schedule: an operand must have 1 to 4 dimensions");
-    }
+    for (int64_t slot = 0; slot < source.operand_count; ++slot) check_operand(source.operands[slot]);
+    REQUIRE(code[0] >= 0, "schedule: the number of atoms is negative");
     // A slot that a bound reads and that holds one value per batch item makes the items differ.
-    for (int64_t at = 1, atom = 0; atom < code[0]; ++atom) {
+    int64_t at = 1;
+    for (int64_t atom = 0; atom < code[0]; ++atom) {
         REQUIRE(at < source.code_length, "schedule: the code ends early");
         int64_t terms = code[at++];
+        REQUIRE(terms >= 0, "schedule: the number of terms is negative");
         for (; terms > 0; --terms) {
             REQUIRE(at < source.code_length && code[at] >= BOUND && code[at] <= MASK, "schedule: unknown term");
             const int64_t *term = code + at;
             at += TERM_LENGTH[*term];
             REQUIRE(at <= source.code_length, "schedule: the code ends early");
-            const int64_t symbol = *term == BOUND ? term[4] : *term == STEP || *term == CHUNK ? term[3] : NONE;
+            const bool bounded = *term == BOUND || *term == STEP || *term == CHUNK;
+            const int64_t *bound = term + (*term == BOUND ? 3 : 2);
+            const int64_t symbol = bounded ? bound[1] : NONE;
+            REQUIRE(*term != BOUND || (term[1] >= 0 && term[1] <= 2 && (term[2] == 0 || term[2] == 1)),
+                    "schedule: unknown axis or side");
+            REQUIRE(!bounded || (symbol >= END && (bound[2] == 1 || bound[2] == -1)),
+                    "schedule: unknown symbol or sign");
             if (symbol >= 0) {
                 const heedful_tensor &tensor = operand(source, symbol, HEEDFUL_INT32);
                 const int64_t size = tensor.size[tensor.ndim - 1];
@@ -174,10 +192,17 @@ Schedule::Schedule(const heedful_schedule &source, int64_t batch, int64_t q_leng
             if (*term == BLOCKS || *term == MASK) {
                 const heedful_tensor &tensor = operand(source, term[*term == BLOCKS ? 2 : 1], HEEDFUL_BOOL);
                 REQUIRE(tensor.ndim == 4, "schedule: a block map or mask must have 4 dimensions");
+                const auto wrong = [&](const char *axis, int64_t got, int64_t takes) {
+                    return "schedule: a block map or mask has " + std::to_string(got) + " " + axis + " for " +
+                           std::to_string(takes);
+                };
+                REQUIRE(tensor.size[0] == 1 || tensor.size[0] == batch, wrong("items", tensor.size[0], batch));
+                REQUIRE(tensor.size[1] == 1 || tensor.size[1] >= heads, wrong("heads", tensor.size[1], heads));
                 if (tensor.size[1] > 1) per_head_ = true;
             }
         }
     }
+    REQUIRE(at == source.code_length, "schedule: the code is longer than its atoms");
     for (int64_t item = 0; item < (shared_ ? 1 : batch); ++item) {
         batch_begin_.push_back(atoms_.size());
         for (int64_t at = 1, atom = 0; atom < code[0]; ++atom) {
@@ -235,6 +260,7 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
         const int64_t slot = code[at + 1];
         const heedful_tensor &cu_q = operand(source, slot, HEEDFUL_INT32);
         const heedful_tensor &cu_k = operand(source, slot + 1, HEEDFUL_INT32);
+        REQUIRE(cu_q.ndim == 1 && cu_k.ndim == 1, "schedule: cu_q and cu_k must have 1 dimension");
         REQUIRE(cu_q.size[0] == cu_k.size[0] && cu_q.size[0] >= 1, "schedule: cu_q and cu_k differ in length");
         bool known = false;
         for (const Documents &other : documents) known |= other.slot == slot;
@@ -267,7 +293,6 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
                 const Frame *frame = reader.frame(term[6]);
                 const int64_t origin[] = {frame ? frame->q_origin : 0, frame ? frame->k_origin : 0,
                                           frame ? frame->k_origin - frame->q_origin : 0};
-                REQUIRE(term[1] >= 0 && term[1] <= 2, "schedule: unknown axis");
                 const int64_t value = clamp(reader.value(term + 3) + origin[term[1]], -FAR, FAR);
                 int64_t *const low[] = {&atom.q_begin, &atom.k_begin, &atom.d_low};
                 int64_t *const high[] = {&atom.q_end, &atom.k_end, &atom.d_high};
@@ -282,11 +307,13 @@ void Schedule::add_atoms(const int64_t *code, int64_t length, int64_t batch_inde
             } else if (*term == CHUNK) {
                 REQUIRE(term[1] >= 1, "schedule: a chunk size is below 1");
                 const Frame *frame = reader.frame(term[5]);
-                chunks_.push_back(
-                    {term[1], reader.value(term + 2), frame ? frame->q_origin : 0, frame ? frame->k_origin : 0});
+                // Beyond twice any distance every size parts the positions alike.
+                chunks_.push_back({std::min(term[1], 4 * FAR), reader.value(term + 2), frame ? frame->q_origin : 0,
+                                   frame ? frame->k_origin : 0});
             } else if (*term == BLOCKS || *term == MASK) {
                 const heedful_tensor &map = source.operands[term[*term == BLOCKS ? 2 : 1]];
-                Filter filter = {static_cast<const uint8_t *>(map.data), *term == BLOCKS ? term[1] : 1, {}};
+                Filter filter = {
+                    static_cast<const uint8_t *>(map.data), *term == BLOCKS ? std::min(term[1], FAR) : 1, {}};
                 REQUIRE(filter.size >= 1, "schedule: a block size is below 1");
                 const int64_t extent[] = {0, 0, (q_length_ + filter.size - 1) / filter.size,
                                           (k_length_ + filter.size - 1) / filter.size};
@@ -540,10 +567,17 @@ void AtomSelection::expand(int64_t first_head, int64_t group, int64_t first_row,
 
 using namespace heedful;
 
+static void check_place(int64_t batch, int64_t batch_index, int64_t head_index) {
+    REQUIRE(batch_index >= 0 && batch_index < batch,
+            "batch_index: is " + std::to_string(batch_index) + ", takes 0 to " + std::to_string(batch - 1));
+    REQUIRE(head_index >= 0, "head_index: is " + std::to_string(head_index) + ", takes 0 or more");
+}
+
 extern "C" heedful_status heedful_schedule_mask(const heedful_schedule *source, int64_t batch, int64_t batch_index,
                                                 int64_t head_index, int64_t q_length, int64_t k_length, uint8_t *mask) {
     return guarded([&] {
-        const Schedule schedule(*source, batch, q_length, k_length);
+        check_place(batch, batch_index, head_index);
+        const Schedule schedule(*source, batch, head_index + 1, q_length, k_length);
         Expansion seen;
         for (int64_t i = 0; i < q_length; ++i) {
             const AtomSelection selection(schedule, batch_index, i, i + 1);
@@ -567,7 +601,8 @@ extern "C" heedful_status heedful_schedule_tiles(const heedful_schedule *source,
     return guarded([&] {
         REQUIRE(tile_q >= 1 && tile_q <= MAX_TILE_ROWS, "tile_q: takes 1 to " + std::to_string(MAX_TILE_ROWS));
         REQUIRE(tile_k >= 4 && KEY_BLOCK % tile_k == 0 && tile_k <= 64, "tile_k: takes 4, 8, 16, 32 or 64");
-        const Schedule schedule(*source, batch, q_length, k_length);
+        check_place(batch, batch_index, head_index);
+        const Schedule schedule(*source, batch, head_index + 1, q_length, k_length);
         const int64_t columns = (k_length + tile_k - 1) / tile_k;
         Expansion seen;
         for (int64_t i = 0; i < q_length; i += tile_q) {

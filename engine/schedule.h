@@ -35,8 +35,8 @@ struct Atom {
 
 class Schedule {
   public:
-    // Throws InvalidArgument (error.h) on a code that does not decode.
-    Schedule(const heedful_schedule &source, int64_t batch, int64_t q_length, int64_t k_length);
+    // Throws Error (error.h) on a code that does not decode, or whose operands are not those of such a call.
+    Schedule(const heedful_schedule &source, int64_t batch, int64_t heads, int64_t q_length, int64_t k_length);
 
     // The step g, 1 where there is none, such that every pair has j - i = residue (mod g): the queries and keys then
     // fall into g classes that have nothing to do with each other, each dense where the whole is not.

@@ -44,7 +44,7 @@ void weights(const heedful_weights &arguments, const heedful_threads *threads) {
         call.row_begin = static_cast<const int64_t *>(arguments.row_begin.data);
     }
     if (call.batch * call.heads * call.q_length == 0) return;
-    const Schedule schedule(arguments.schedule, call.batch, call.q_length, call.k_length);
+    const Schedule schedule(arguments.schedule, call.batch, call.heads, call.q_length, call.k_length);
     call.schedule = &schedule;
     const WeightsKernel &kernel = selected_tier().weights[dtype];
     const int64_t rows = call.rows(), runs = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;

@@ -17,9 +17,12 @@ template <class A> double burn(int64_t rounds) {
     const typename A::Word scalar = A::zero();
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 24
-        for (int i = 0; i < SUMS; ++i) sum[i] = A::madd(sum[i], scalar, operand);
-        // The compiler must not see that the operands never change.
-        asm volatile("" : "+" VECTOR_REGISTER(operand));
+        for (int i = 0; i < SUMS; ++i) {
+            sum[i] = A::madd(sum[i], scalar, operand);
+            // The compiler must not see that the operands never change: where multiplying and adding are two
+            // instructions it would multiply once.
+            asm volatile("" : "+" VECTOR_REGISTER(operand));
+        }
     }
     typename R::V all = {};
     for (int i = 0; i < SUMS; ++i) all += sum[i];

@@ -16,18 +16,19 @@ template <class A> struct Pack {
     struct Matrix {
         const Input *data;
         const int32_t *page; // of the batch item; null for none
-        int64_t row_stride, column_stride, length, width, block_stride, page_stride, page_size;
+        int64_t row_stride, column_stride, length, width, block_stride, page_stride, page_size, blocks;
 
         Matrix(const char *tensor, const int64_t *stride, const Inputs &call, int64_t batch_index, int64_t kv_head,
                int64_t width)
             : data(reinterpret_cast<const Input *>(tensor) + kv_head * stride[1]), page(nullptr), row_stride(stride[2]),
               column_stride(stride[3]), length(call.k_length), width(width), block_stride(stride[0]),
-              page_stride(call.pages.stride), page_size(call.pages.size) {
+              page_stride(call.pages.stride), page_size(call.pages.size), blocks(call.pages.blocks) {
             if (call.pages.table) page = call.pages.table + batch_index * call.pages.batch_stride;
             else data += batch_index * block_stride;
         }
 
-        // Where rows [first, first + count) lie; null past the last.
+        // Where rows [first, first + count) lie; null past the last. A page that is in no block, because no pair
+        // reaches it, is read as the pool's first row: its keys are masked as any others beside it.
         INLINE void rows(int64_t first, int count, const Input **row) const {
             int64_t left = length - first;
             left = left < 0 ? 0 : left < count ? left : count;
@@ -37,9 +38,12 @@ template <class A> struct Pack {
             } else {
                 while (r < left) {
                     const int64_t key = first + r, number = key / page_size, within = key - number * page_size;
-                    const Input *at = data + page[number * page_stride] * block_stride + within * row_stride;
+                    const int64_t block = page[number * page_stride];
+                    const bool exists = block >= 0 && block < blocks;
+                    const Input *at = exists ? data + block * block_stride + within * row_stride : data;
+                    const int64_t step = exists ? row_stride : 0;
                     int64_t run = page_size - within;
-                    for (run = run < left - r ? run : left - r; run > 0; --run, at += row_stride) row[r++] = at;
+                    for (run = run < left - r ? run : left - r; run > 0; --run, at += step) row[r++] = at;
                 }
             }
             for (; r < count; ++r) row[r] = nullptr;

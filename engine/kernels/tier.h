@@ -32,7 +32,7 @@ struct Features {
 // Keys and values in pages; see heedful_forward.
 struct Pages {
     const int32_t *table; // null for none
-    int64_t batch_stride, stride, size;
+    int64_t batch_stride, stride, size, blocks;
 };
 
 // Query, key and value of a call and what counts among them. Rows are (query, head of the group) with the
