@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -59,6 +60,9 @@ ScratchBlock::ScratchBlock(size_t bytes) : data_(nullptr), bytes_((bytes + 4095)
     }
     if (!data_) data_ = static_cast<char *>(std::aligned_alloc(4096, bytes_));
     if (!data_) throw std::bad_alloc();
+#if defined(HEEDFUL_POISON_SCRATCH)
+    std::memset(data_, 0xff, bytes_); // NaN in every type: a weight of zero does not silence what was never written
+#endif
 }
 
 ScratchBlock::~ScratchBlock() {

@@ -424,6 +424,14 @@ template <class A> struct Backward {
         }
     }
 
+    // The rows of a tile that sees nothing: those before and behind it may be summed over in one go with it, and a
+    // weight of zero does not silence what the memory held.
+    static void zero_tile(const Scratch &s, int row_base) {
+        const int64_t first = row_base / A::PER_WORD, rows = MAX_TILE_ROWS / A::PER_WORD;
+        __builtin_memset(s.query_rows + first * s.key_stride, 0, rows * s.key_stride * sizeof(Word));
+        __builtin_memset(s.grad_rows + first * s.value_stride, 0, rows * s.value_stride * sizeof(Word));
+    }
+
     static void run(const BackwardCall &call, const BackwardItem &item, char *memory) {
         const Scratch s(call, memory);
         const int64_t total = call.rows(), pair = item.batch_index * call.kv_heads + item.kv_head;
@@ -487,7 +495,10 @@ template <class A> struct Backward {
             }
             if (call.grad_slopes) __builtin_memset(s.slope_sum, 0, call.step_rows * sizeof(T));
             for (int t = 0; t < tiles; ++t) {
-                if (seen[t].unit_count == 0) continue;
+                if (seen[t].unit_count == 0) {
+                    zero_tile(s, t * MAX_TILE_ROWS);
+                    continue;
+                }
                 const int64_t row = first_row + t * MAX_TILE_ROWS;
                 pack_tile(call, item, s, seen[t], row, t * MAX_TILE_ROWS, rows[t]);
                 if (features) rules.place(item.kv_head, row, rows[t]);

@@ -20,7 +20,11 @@ constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 // By heedful_dtype.
 constexpr int64_t BYTES[] = {4, 2, 2, 8, 4, 1, 8};
-constexpr double ROUNDOFF[] = {0x1p-24, 0x1p-9, 0x1p-11, 0x1p-53}, SMALLEST[] = {0x1p-149, 0x1p-133, 0x1p-24, 0};
+// SMALLEST is what a result may be off by near 0. Below the smallest normal number rounding is absolute, each term of a
+// sum adds its own, and the processor's dot product of bfloat16 pairs reads and gives 0; so 2^6 times that number, and
+// for float16, whose sums are float32, its smallest subnormal.
+constexpr double ROUNDOFF[] = {0x1p-24, 0x1p-9, 0x1p-11, 0x1p-53},
+                 SMALLEST[] = {0x1p-120, 0x1p-120, 0x1p-24, 0x1p-1016};
 // Weights, and gradients of scores, may be rounded to a half type before they are multiplied; those below the
 // smallest normal number of the sums may be flushed to 0.
 constexpr double WEIGHT_ROUNDOFF[] = {0, 0x1p-9, 0x1p-12, 0}, SUM_ROUNDOFF[] = {0x1p-24, 0x1p-24, 0x1p-24, 0x1p-53};
