@@ -34,7 +34,6 @@ template <class A> struct Backward {
         T *score, *grad_weight;       // of a panel, [PANEL][SCORE_STRIDE]
         T *steepness;                 // [PANEL][UNIT]
         T *slope_sum;                 // by row of a step
-        Input *nothing;
         char *end;
 
         Scratch(const BackwardCall &call, char *memory) {
@@ -61,7 +60,6 @@ template <class A> struct Backward {
             grad_weight = take<T>(PAIRED ? PANEL * SCORE_STRIDE : 0);
             steepness = take<T>(PANEL * UNIT);
             slope_sum = take<T>(rows);
-            nothing = take<Input>(call.head_dim > call.value_dim ? call.head_dim : call.value_dim);
         }
 
         template <class U> U *take(int64_t count) {
@@ -162,7 +160,6 @@ template <class A> struct Backward {
     static NOINLINE void pack_tile(const BackwardCall &call, const BackwardItem &item, const Scratch &s,
                                    const Expansion &seen, int64_t first_row, int first, int rows) {
         const Input *query[MAX_TILE_ROWS] = {}, *grad[MAX_TILE_ROWS] = {};
-        const Input *query_or_nothing[MAX_TILE_ROWS], *grad_or_nothing[MAX_TILE_ROWS];
         const T *lse = row_lse(call, item.batch_index * call.kv_heads + item.kv_head);
         bool all = false;
         for (int u = 0; u < seen.unit_count; ++u) all |= !seen.partial[u];
@@ -176,12 +173,9 @@ template <class A> struct Backward {
                 grad[r] = row_of(reinterpret_cast<const Input *>(call.grad_out), call.grad_out_stride, call,
                                  item.batch_index, item.kv_head, row);
             }
-            query_or_nothing[r] = query[r] ? query[r] : s.nothing;
-            grad_or_nothing[r] = grad[r] ? grad[r] : s.nothing;
         }
-        Packing::panels(query_or_nothing, rows, call.query_stride[3], call.head_dim, s.steps, s.query + first * s.steps,
-                        false);
-        Packing::panels(grad_or_nothing, rows, call.grad_out_stride[3], call.value_dim, s.value_steps,
+        Packing::panels(query, rows, call.query_stride[3], call.head_dim, s.steps, s.query + first * s.steps, false);
+        Packing::panels(grad, rows, call.grad_out_stride[3], call.value_dim, s.value_steps,
                         s.grad + first * s.value_steps, false);
         Packing::copy_rows(query, MAX_TILE_ROWS, call.query_stride[3], call.head_dim,
                            s.query_rows + first / A::PER_WORD * s.key_stride, s.key_stride);
@@ -437,8 +431,6 @@ template <class A> struct Backward {
         const int64_t total = call.rows(), pair = item.batch_index * call.kv_heads + item.kv_head;
         __builtin_memset(s.grad_key, 0, item.keys * s.key_stride * sizeof(T));
         __builtin_memset(s.grad_value, 0, item.keys * s.value_stride * sizeof(T));
-        __builtin_memset(s.nothing, 0,
-                         (call.head_dim > call.value_dim ? call.head_dim : call.value_dim) * sizeof(Input));
         int64_t q_begin, q_end;
         {
             const AtomSelection all(*call.schedule, item.batch_index, 0, call.q_length);

@@ -59,8 +59,8 @@ template <class A> struct Pack {
     }
 
     // Rows of words become columns: target[step * target_stride + r] = word `step` of row r, for `count`
-    // rows (at most LANES), zero for the rest of LANES. Ascending steps: what one step writes past its own
-    // columns the next overwrites.
+    // rows (at most LANES), zero for null rows and the rest of LANES. Ascending steps: what one step writes past its
+    // own columns the next overwrites.
     static void columns(const Input *const *row, int count, int64_t stride, int64_t length, int64_t steps, Word *target,
                         int64_t target_stride, bool negate) {
         int64_t step = 0;
@@ -69,7 +69,7 @@ template <class A> struct Pack {
                 typename W::V square[LANES];
 #pragma GCC unroll 16
                 for (int r = 0; r < LANES; ++r)
-                    square[r] = r < count ? A::words(row[r] + step * A::PER_WORD) : typename W::V{};
+                    square[r] = r < count && row[r] ? A::words(row[r] + step * A::PER_WORD) : typename W::V{};
                 W::transpose(square);
 #pragma GCC unroll 16
                 for (int s = 0; s < LANES; ++s) W::store(target + (step + s) * target_stride, square[s]);
@@ -77,7 +77,8 @@ template <class A> struct Pack {
         }
         for (; step < steps; ++step)
             for (int r = 0; r < LANES; ++r)
-                target[step * target_stride + r] = r < count ? word_at(row[r], stride, step, length) : A::zero();
+                target[step * target_stride + r] =
+                    r < count && row[r] ? word_at(row[r], stride, step, length) : A::zero();
         if (negate)
             for (step = 0; step < steps; ++step)
                 for (int r = 0; r < count; ++r)
