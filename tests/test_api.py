@@ -137,7 +137,8 @@ def test_explain_shows_every_backend() -> None:
 
 def test_explain_says_what_runs_dense_and_what_is_cast() -> None:
     q, k, v = attention_inputs()
-    assert any("bool mask" in note for note in explain(q, k, v, pattern=SlidingWindow(2), backend="sdpa").notes)
+    assert any("bool mask" in note for note in explain(q, k, v, pattern=Padding(0, 3), backend="sdpa").notes)
+    assert any("a kept float" in note for note in explain(q, k, v, pattern=SlidingWindow(3), backend="sdpa").notes)
     assert any("float mask" in note for note in explain(q, k, v, bias=torch.zeros(9), backend="sdpa").notes)
     assert not any("mask" in note for note in explain(q, k, v, backend="sdpa").notes)
     with torch.autocast("cpu"):
@@ -195,7 +196,7 @@ def test_the_engine_runs_every_feature_without_a_word(caplog, return_weights) ->
 
 @pytest.mark.skipif(not NATIVE, reason="the engine is not built")
 def test_a_choice_by_measurement_is_said() -> None:
-    q, k, v = attention_inputs()
+    q, k, v = (tensor.requires_grad_() for tensor in attention_inputs())
     assert explain(q, k, v).notes == ["sdpa is measured to be faster than native for such a call"]
     assert explain(q, k, v, backend="sdpa").notes == ["backend='sdpa' was asked for"]
     assert explain(q[:0], k[:0], v[:0]).notes == ["there is nothing to compute: the result is zero or has no elements"]

@@ -26,6 +26,7 @@ from heedful import (
     attention,
     explain,
 )
+from heedful.backend.sdpa import lower
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["native", "sdpa"]
@@ -293,3 +294,30 @@ def test_vmap(backend) -> None:
     got = torch.vmap(lambda q, k, v: run(backend, q, k, v, pattern=pattern))(q, k, v)
     for item in range(3):
         expected(q[item], k[item], v[item], pattern=pattern).out.check(got[item])
+
+
+SMALL = {
+    "one pair": (SlidingWindow(1, 0), 1, 1, "plain"),
+    "all pairs": (Longformer(3, 1), 4, 4, "plain"),
+    "window": (SlidingWindow(2, 0), 9, 9, "mask"),
+    "chunks": (Chunked(4) & Causal(), 9, 9, "mask"),
+    "rows without a key": (SlidingWindow(0, 0, offset=1), 5, 6, "dense"),
+    "keys that no row sees": (SlidingWindow(2, 0), 2, 9, "dense"),
+    "an operand": (Padding(0, torch.tensor([5])), 9, 9, "dense"),
+    "many pairs": (SlidingWindow(2, 0), 65, 65, "dense"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_pairs_that_never_change_reach_sdpa_as_a_kept_mask(name, dtype) -> None:
+    pattern, q_length, k_length, how = SMALL[name]
+    q, k, v = attention_inputs(q_length=q_length, k_length=k_length, kv_heads=2, dtype=dtype)
+    lowering = lower(explain(q, k, v, pattern=pattern).problem)
+    assert lowering.dense == (how == "dense")
+    assert (lowering.mask is not None) == (how == "mask")
+    for _ in range(2):
+        got = attention(q, k, v, pattern=pattern, backend="sdpa")
+        expected(q, k, v, pattern=pattern).out.check(got)
+    differentiable = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, pattern=pattern, backend="sdpa"), differentiable)

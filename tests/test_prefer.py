@@ -26,8 +26,9 @@ def tier() -> str:
 
 def table(**changes) -> dict[str, object]:
     pairs = dict.fromkeys(("float32", "float64", "bfloat16", "float16"), 100)
-    own = {"version": 1, "tier": tier(), "torch": torch.__version__, "cpu": cpu_model()}
-    return own | {"few_pairs": pairs, "few_queries": 2, "cached_bytes": 1 << 20, "engine": {}} | changes
+    own = {"version": 2, "tier": tier(), "torch": torch.__version__, "cpu": cpu_model()}
+    limits = {"few_pairs": pairs, "few_pairs_gradient": pairs, "few_queries": 2, "cached_bytes": 1 << 20}
+    return own | limits | {"engine": {}} | changes
 
 
 @pytest.fixture
@@ -58,8 +59,17 @@ def test_a_table_of_this_machine_decides(load, caplog) -> None:
         load(table(few_pairs=table()["few_pairs"] | {"float32": 1000}))
         assert explain(q, k, v).backend == "sdpa"
         assert explain(q.double(), k.double(), v.double()).backend == "native"
+        load(table(few_pairs_gradient=table()["few_pairs"] | {"float32": 1000}))
+        assert explain(q, k, v).backend == "native"
+        assert explain(q.requires_grad_(), k, v).backend == "sdpa"
+        q.requires_grad_(False)
         load(table(few_queries=12))
         assert explain(q, k, v).backend == "sdpa"
+        few = k[:, :, :1], v[:, :, :1]
+        assert explain(q.new_ones(1, 1, 200, 16), *few).backend == "native"
+        wide = [tensor.repeat(1, 1, 1, 2) for tensor in few]
+        assert explain(q.new_ones(1, 1, 200, 32), *wide).backend == "sdpa"
+        assert explain(q.new_ones(1, 1, 200, 32), wide[0], few[1]).backend == "native"
         load(table(few_queries=12, cached_bytes=64))
         assert explain(q, k, v).backend == "native"
     assert not caplog.records
@@ -95,10 +105,11 @@ def test_a_value_that_the_engine_refuses_leaves_every_constant_alone(load, caplo
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"version": 2}, "its version is 2, here it is 1"),
+        ({"version": 1}, "its version is 1, here it is 2"),
         ({"tier": "neon9"}, "its tier is 'neon9', here it is"),
         ({"cpu": "another"}, "its cpu is 'another', here it is"),
         ({"few_pairs": {"float32": 5}}, "few_pairs is .* takes a count for each of float32, "),
+        ({"few_pairs_gradient": 5}, "few_pairs_gradient is 5, and takes a count for each of float32, "),
         ({"few_queries": -1}, "few_queries is -1, and takes a count"),
         ({"cached_bytes": "1"}, "cached_bytes is '1', and takes a count"),
         ({"engine": {"nothing": 3}}, "this engine has no constant nothing"),

@@ -177,9 +177,9 @@ template <class A> struct Backward {
         Packing::panels(query, rows, call.query_stride[3], call.head_dim, s.steps, s.query + first * s.steps, false);
         Packing::panels(grad, rows, call.grad_out_stride[3], call.value_dim, s.value_steps,
                         s.grad + first * s.value_steps, false);
-        Packing::copy_rows(query, MAX_TILE_ROWS, call.query_stride[3], call.head_dim,
+        Packing::copy_rows(query, rows, call.query_stride[3], call.head_dim,
                            s.query_rows + first / A::PER_WORD * s.key_stride, s.key_stride);
-        Packing::copy_rows(grad, MAX_TILE_ROWS, call.grad_out_stride[3], call.value_dim,
+        Packing::copy_rows(grad, rows, call.grad_out_stride[3], call.value_dim,
                            s.grad_rows + first / A::PER_WORD * s.value_stride, s.value_stride);
     }
 
@@ -385,9 +385,10 @@ template <class A> struct Backward {
         }
     }
 
-    // sum[key] += weight^T rows for the keys of one unit over rows [first_row, first_row + rows) of the step.
-    static INLINE void add_to_keys(const Word *weight, const Word *rows, int64_t row_stride, int64_t steps, T *sum) {
-        Tile::for_panels(UNIT, [&](int first, auto count) {
+    // sum[key] += weight^T rows for the first `keys` keys of one unit over `steps` words of rows.
+    static INLINE void add_to_keys(const Word *weight, const Word *rows, int64_t row_stride, int64_t steps, int keys,
+                                   T *sum) {
+        Tile::for_panels(keys, [&](int first, auto count) {
             constexpr int M = decltype(count)::value;
             T *out = sum + first * row_stride;
             int64_t column = 0;
@@ -495,10 +496,6 @@ template <class A> struct Backward {
                 pack_tile(call, item, s, seen[t], row, t * MAX_TILE_ROWS, rows[t]);
                 if (features) rules.place(item.kv_head, row, rows[t]);
                 if (rules.drops) rules.draw(item.first_key, seen[t], kept);
-                // The sums over rows take whole tiles.
-                if (rows[t] < MAX_TILE_ROWS)
-                    for (int u = 0; u < seen[t].unit_count; ++u)
-                        zero_rows(s, t * MAX_TILE_ROWS, MAX_TILE_ROWS, seen[t].index[u]);
                 const View view = {rules,
                                    seen[t],
                                    rules.drops ? kept : nullptr,
@@ -533,21 +530,20 @@ template <class A> struct Backward {
                     if (seen[t].unit_count)
                         add_slopes(call, item, s, first_row + t * MAX_TILE_ROWS, t * MAX_TILE_ROWS, rows[t]);
             item.pass(item.order, step);
+            const int64_t step_rows = (tiles - 1) * MAX_TILE_ROWS + rows[tiles - 1];
+            const auto sum_over_rows = [&](const Word *weight, const Word *row, int64_t stride, T *sum) {
+                for (int unit = 0; unit < UNITS; ++unit) {
+                    if (end[unit] == 0) continue;
+                    const int64_t first = begin[unit] * MAX_TILE_ROWS, past = end[unit] * MAX_TILE_ROWS;
+                    const int64_t count = (past < step_rows ? past : step_rows) - first, keys = item.keys - unit * UNIT;
+                    add_to_keys(weight + first / A::PER_WORD * SCORE_STRIDE + unit * UNIT,
+                                row + first / A::PER_WORD * stride, stride, (count + A::PER_WORD - 1) / A::PER_WORD,
+                                keys < UNIT ? int(keys) : UNIT, sum + unit * UNIT * stride);
+                }
+            };
             // One after the other: the rows of both would not stay in the L1 cache.
-            for (int unit = 0; unit < UNITS; ++unit) {
-                const int64_t low = begin[unit] * MAX_TILE_ROWS / A::PER_WORD,
-                              count = (end[unit] - begin[unit]) * MAX_TILE_ROWS / A::PER_WORD;
-                if (end[unit])
-                    add_to_keys(s.weight + low * SCORE_STRIDE + unit * UNIT, s.grad_rows + low * s.value_stride,
-                                s.value_stride, count, s.grad_value + unit * UNIT * s.value_stride);
-            }
-            for (int unit = 0; unit < UNITS; ++unit) {
-                const int64_t low = begin[unit] * MAX_TILE_ROWS / A::PER_WORD,
-                              count = (end[unit] - begin[unit]) * MAX_TILE_ROWS / A::PER_WORD;
-                if (end[unit])
-                    add_to_keys(s.slope + low * SCORE_STRIDE + unit * UNIT, s.query_rows + low * s.key_stride,
-                                s.key_stride, count, s.grad_key + unit * UNIT * s.key_stride);
-            }
+            sum_over_rows(s.weight, s.grad_rows, s.value_stride, s.grad_value);
+            sum_over_rows(s.slope, s.query_rows, s.key_stride, s.grad_key);
         }
     }
 

@@ -64,6 +64,10 @@ template <class A> struct Pack {
     static void columns(const Input *const *row, int count, int64_t stride, int64_t length, int64_t steps, Word *target,
                         int64_t target_stride, bool negate) {
         int64_t step = 0;
+        if (count == 0) {
+            for (; step < steps; ++step) W::store(target + step * target_stride, typename W::V{});
+            return;
+        }
         if (stride == 1) {
             for (; (step + LANES) * A::PER_WORD <= length; step += LANES) {
                 typename W::V square[LANES];

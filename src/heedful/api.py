@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -17,7 +17,6 @@ from heedful.arguments import (
     autocast_dtype,
     bias_of_rank_4,
     prepare,
-    resolve_pattern,
     slopes_of_rank_4,
 )
 from heedful.backend.base import Backend, Shortcut
@@ -37,7 +36,7 @@ _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 
 # What to run for calls like one seen before; emptied when full, since a decoding loop never stops adding lengths.
-_shortcuts: dict[Hashable, Shortcut] = {}
+_shortcuts: dict[Hashable, Callable[..., Tensor | Attention]] = {}
 _MAX_SHORTCUTS = 4096
 
 
@@ -220,7 +219,7 @@ def attention(
         raise failure
     chosen = choose(call.problem, backend)
     if key is not None:
-        _remember(key, chosen, call, causal)
+        _remember(key, chosen, call)
     if autocast_dtype(call.problem.device_type) is None:
         result = chosen.run(call)
     else:
@@ -303,13 +302,13 @@ def clear_caches() -> None:
         library.clear_caches()
 
 
-def _remember(key: Hashable, chosen: Backend, call: Call, causal: bool) -> None:
+def _remember(key: Hashable, chosen: Backend, call: Call) -> None:
     shortcut = chosen.shortcut(call)
     if shortcut is None:
         return
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
-    _shortcuts[key] = _from_arguments(shortcut, call, causal)
+    _shortcuts[key] = _from_arguments(shortcut, call)
 
 
 def _kind(tensor: Tensor | None) -> Hashable:
@@ -321,22 +320,24 @@ def _kind(tensor: Tensor | None) -> Hashable:
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and _is_grad_enabled()
 
 
-def _from_arguments(shortcut: Shortcut, call: Call, causal: bool) -> Shortcut:
+def _from_arguments(shortcut: Shortcut, call: Call) -> Callable[..., Tensor | Attention]:
     """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked."""
     problem = call.problem
-    if not problem.schedule.slots and not call.blhd and call.bias is None and call.alibi_slopes is None:
-        return shortcut
+    slots, sizes = problem.schedule.slots, (problem.batch, problem.heads, problem.q_length, problem.k_length)
+    if not call.blhd and call.bias is None and call.alibi_slopes is None and call.sinks is None:
+        if slots:
+            return lambda q, k, v, pattern: shortcut(q, k, v, pattern.fitted(*sizes))
+        return lambda q, k, v, pattern: shortcut(q, k, v, ())
 
     def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *extras: Tensor | None) -> Tensor | Attention:
-        if problem.schedule.slots:
-            pattern = resolve_pattern(pattern, causal)
-            pattern.validate(problem.batch, problem.heads, problem.q_length, problem.k_length)
+        # causal=True changes the atoms, not the operands.
+        operands = pattern.fitted(*sizes) if slots else ()
         if extras:
             bias, alibi_slopes, sinks = extras
             extras = bias_of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
         if not call.blhd:
-            return shortcut(q, k, v, pattern, *extras)
-        result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern, *extras)
+            return shortcut(q, k, v, operands, *extras)
+        result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), operands, *extras)
         if isinstance(result, Tensor):
             return result.transpose(1, 2)
         return result._replace(out=result.out.transpose(1, 2))

@@ -177,7 +177,7 @@ def _shortcut(
 
     def run_static(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, cache: KVCache) -> Tensor | Attention:
         cache.append(k, v)
-        return on_slices(q, *cache.slices(), pattern)  # type: ignore[misc]
+        return on_slices(q, *cache.slices(), ())  # type: ignore[misc]
 
     def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, cache: KVCache) -> Tensor | Attention:
         cache.append(k, v)

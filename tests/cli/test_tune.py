@@ -39,8 +39,9 @@ def test_a_table_is_measured_stored_shown_and_deleted():
     assert done.exit_code == 0, done.output
     table = json.loads(table_path().read_text())
     assert table == json.loads(done.stdout)["table"]
-    assert table.keys() == {"version", "tier", "torch", "cpu", "few_pairs", "few_queries", "cached_bytes", "engine"}
-    assert (table["version"], table["cpu"]) == (1, cpu_model())
+    limits = {"few_pairs", "few_pairs_gradient", "few_queries", "cached_bytes"}
+    assert table.keys() == {"version", "tier", "torch", "cpu", "engine"} | limits
+    assert (table["version"], table["cpu"]) == (2, cpu_model())
     assert table["tier"] == library.isa_names()[library.isa_selected()]
     assert set(table["few_pairs"]) == {"float32", "float64", "bfloat16", "float16"}
     assert set(table["engine"]) <= set(before)
@@ -72,7 +73,7 @@ def test_the_next_process_uses_the_table_and_doctor_says_so(monkeypatch):
 
 
 def test_ctrl_c_stores_what_was_measured(monkeypatch):
-    def measured(dtype, shipped, seconds):
+    def measured(name, dtype, shipped, seconds):
         if dtype == "float64":
             raise KeyboardInterrupt
         return 77, "note"
@@ -82,7 +83,7 @@ def test_ctrl_c_stores_what_was_measured(monkeypatch):
     assert done.exit_code == 130
     table = json.loads(table_path().read_text())
     assert table["few_pairs"]["float32"] == 77
-    assert table["few_pairs"]["bfloat16"] > 0
+    assert table["few_pairs_gradient"]["float32"] > 77
     assert "shipped value" in done.stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -211,6 +212,58 @@ def test_tensors_are_read_when_used() -> None:
     stop.fill_(3)
     assert pattern.operands(1, 4)[0].tolist() == [3, 3]
     assert pattern.density(1, 4) == 0.75
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda stop: Padding(0, stop),
+        lambda stop: Padding(0, stop) & Causal() & BigBird(2, 1, 0, 1),
+        lambda stop: BlockSparse((stop > 2).view(2, 1, 1, 1), 8) | Padding(0, stop),
+    ],
+)
+def test_fitted_operands_are_kept_and_follow_what_is_written(make: Callable[[torch.Tensor], Pattern]) -> None:
+    for dtype in (torch.int32, torch.int64):
+        stop = torch.tensor([1, 4], dtype=dtype)
+        pattern = make(stop)
+        for value in (stop, 3, 2):
+            stop.copy_(torch.as_tensor(value))
+            first = pattern.fitted(2, 3, 4, 4)
+            for got, want in zip(first, pattern.operands(4, 4), strict=True):
+                assert torch.equal(got, want)
+        if dtype == torch.int32:
+            assert pattern.fitted(2, 3, 4, 4) is first
+            # What torch's versions do not count.
+            stop.numpy()[:] = 1
+            stop.data.mul_(4)
+        else:
+            stop.data.fill_(4)
+        for got, want in zip(pattern.fitted(2, 3, 4, 4), pattern.operands(4, 4), strict=True):
+            assert torch.equal(got, want)
+        with pytest.raises(ValueError, match=r"one per batch item, 3 here|broadcasts to \(3, 3"):
+            pattern.fitted(3, 3, 4, 4)
+        stop.data = torch.tensor([2, 2], dtype=dtype)
+        for got, want in zip(pattern.fitted(2, 3, 4, 4), pattern.operands(4, 4), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_fitted_operands_of_tensors_without_versions() -> None:
+    with torch.inference_mode():
+        cu = torch.tensor([0, 3, 5], dtype=torch.int32)
+    pattern = Documents(cu)
+    assert pattern.fitted(1, 1, 5, 5)[0].tolist() == [0, 3, 5]
+    with torch.inference_mode():
+        cu[1] = 2
+    assert pattern.fitted(1, 1, 5, 5)[0].tolist() == [0, 2, 5]
+
+
+def test_fitted_checks_contents_that_changed() -> None:
+    cu = torch.tensor([0, 3, 5], dtype=torch.int32)
+    pattern = Documents(cu)
+    pattern.fitted(1, 1, 5, 5)
+    cu[2] = 4
+    with pytest.raises(ValueError, match="5 here, got 4"):
+        pattern.fitted(1, 1, 5, 5)
 
 
 def test_equality_looks_at_tensor_contents_and_the_key_does_not() -> None:

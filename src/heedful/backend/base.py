@@ -11,8 +11,8 @@ from torch import Tensor
 
 from heedful.problem import FEATURES, Attention, Call, Problem
 
-# Runs calls of one shape and kind on q, k and v in index order (B, H, L, D), and a pattern; where bias, alibi_slopes or
-# sinks was given, on these three too, as a `Call` has them.
+# Runs calls of one shape and kind on q, k and v in index order (B, H, L, D), and the pattern's operands; where bias,
+# alibi_slopes or sinks was given, on these three too, as a `Call` has them.
 Shortcut = Callable[..., Tensor | Attention]
 
 

@@ -18,12 +18,13 @@ from .timing import interleave, pinned_threads
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 # A value replaces the shipped one if it saves this much in both of two measurements, and a constant of the engine only
 # if it costs no workload more than that.
 GAIN = 1.03
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PAIRS = tuple(2**exponent for exponent in range(4, 16))
+PAIR_LIMITS = ("few_pairs", "few_pairs_gradient")
+PAIRS = tuple(2**exponent for exponent in range(2, 15))
 QUERIES = (1, 2, 4, 8, 16, 32)
 MAX_ROUNDS = 60
 # Thresholds are measured so often, and move only if every pass says so.
@@ -116,8 +117,8 @@ def measure_tuning(*, quick: bool, progress: Progress) -> dict[str, Any]:
     known = library.tuning()
     constants = [constant for constant in CONSTANTS if constant.name in known]
 
-    def thresholds(dtype: str) -> None:
-        table["few_pairs"][dtype], note = few_pairs(dtype, table["few_pairs"][dtype], seconds / 2)
+    def thresholds(name: str, dtype: str) -> None:
+        table[name][dtype], note = few_pairs(name, dtype, table[name][dtype], seconds / 2)
         notes.append(note)
 
     def short_queries() -> None:
@@ -133,7 +134,10 @@ def measure_tuning(*, quick: bool, progress: Progress) -> dict[str, Any]:
             library.tune(constant.name, value)
 
     steps: list[tuple[str, Callable[[], None]]] = [
-        *((f"few_pairs, {dtype}", lambda dtype=dtype: thresholds(dtype)) for dtype in DTYPES),
+        *(
+            (f"{name}, {dtype}", lambda name=name, dtype=dtype: thresholds(name, dtype))
+            for name, dtype in product(PAIR_LIMITS, DTYPES)
+        ),
         ("few_queries and cached_bytes", short_queries),
         *((constant.name, lambda constant=constant: one(constant)) for constant in constants),
     ]
@@ -144,7 +148,7 @@ def measure_tuning(*, quick: bool, progress: Progress) -> dict[str, Any]:
 
 def step_count() -> int:
     """How many steps `measure_tuning` tells its progress at most."""
-    return len(DTYPES) + 1 + len(CONSTANTS)
+    return len(PAIR_LIMITS) * len(DTYPES) + 1 + len(CONSTANTS)
 
 
 @contextmanager
@@ -162,18 +166,20 @@ def engine_at_rest() -> Iterator[None]:
             library.tune(name, value)
 
 
-def few_pairs(dtype: str, shipped: int, seconds: float) -> tuple[int, str]:
-    """Below how many query-key pairs SDPA's smaller overhead wins, and a line about it."""
+def few_pairs(name: str, dtype: str, shipped: int, seconds: float) -> tuple[int, str]:
+    """Below how many query-key pairs SDPA's smaller overhead wins, and a line about it; `name` is the limit's."""
+    gradients = name == "few_pairs_gradient"
 
     def measure(pairs: int) -> float:
         side = round(math.sqrt(pairs))
-        works = [Work(dtype, 1, 1, side, side, 64), Work(dtype, 4, 4, max(1, side // 2), max(1, side // 2), 64)]
-        return geometric_mean(_native_against_sdpa(work, seconds) for work in works)
+        sides = (side, 1), (max(1, side // 2), 4)
+        works = [Work(dtype, heads, heads, side, side, 64, gradients=gradients) for side, heads in sides]
+        return geometric_mean(_native_against_sdpa(work, seconds, whole=True) for work in works)
 
     passes = [{pairs: measure(pairs) for pairs in PAIRS} for _ in range(PASSES)]
     candidates = (shipped, 0, *PAIRS[1:], 2 * PAIRS[-1])
     threshold = settle(shipped, candidates, passes, lambda threshold, pairs: pairs < threshold)
-    return threshold, f"few_pairs {dtype}: {threshold} (SDPA's time ÷ native's: {_shown(_together(passes))})"
+    return threshold, f"{name} {dtype}: {threshold} (SDPA's time ÷ native's: {_shown(_together(passes))})"
 
 
 def few_queries(shipped: tuple[int, int], seconds: float) -> tuple[int, int, str]:
@@ -306,13 +312,14 @@ def _is_right(work: Work, name: str, value: int) -> bool:
     return all_passed(checks)
 
 
-def _native_against_sdpa(work: Work, seconds: float) -> float:
+def _native_against_sdpa(work: Work, seconds: float, *, whole: bool = False) -> float:
     """SDPA's time over the engine's, both through heedful's front door."""
-    return interleave(_call(work, "sdpa"), _call(work, "native"), seconds=seconds, max_rounds=MAX_ROUNDS).ratio
+    calls = _call(work, "sdpa", whole=whole), _call(work, "native", whole=whole)
+    return interleave(*calls, seconds=seconds, max_rounds=MAX_ROUNDS).ratio
 
 
-def _call(work: Work, backend: str) -> Callable[[], object]:
-    """A work as a call; with gradients, the backward alone."""
+def _call(work: Work, backend: str, *, whole: bool = False) -> Callable[[], object]:
+    """A work as a call; with gradients, the backward alone, or the forward before it too if `whole`."""
     import torch
 
     from heedful import attention
@@ -320,7 +327,13 @@ def _call(work: Work, backend: str) -> Callable[[], object]:
     q, k, v, grad_out = work.tensors()
     if work.gradients:
         inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-        out = attention(*inputs, causal=work.causal, backend=backend)
+
+        def differentiable() -> Tensor:
+            return attention(*inputs, causal=work.causal, backend=backend)
+
+        if whole:
+            return lambda: torch.autograd.grad(differentiable(), inputs, grad_out)
+        out = differentiable()
         return lambda: torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
 
     def forward() -> object:
@@ -338,6 +351,7 @@ def _shipped(tier: str) -> dict[str, Any]:
 
     shipped = DEFAULTS.get(tier) or {
         "few_pairs": dict.fromkeys(DTYPES, 2 * PAIRS[-1]),
+        "few_pairs_gradient": dict.fromkeys(DTYPES, 2 * PAIRS[-1]),
         "few_queries": 0,
         "cached_bytes": 0,
     }
@@ -347,6 +361,7 @@ def _shipped(tier: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": cpu_model(),
         "few_pairs": dict(shipped["few_pairs"]),
+        "few_pairs_gradient": dict(shipped["few_pairs_gradient"]),
         "few_queries": shipped["few_queries"],
         "cached_bytes": shipped["cached_bytes"],
         "engine": {},

@@ -24,8 +24,6 @@ class Mask(Pattern):
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = booleans("tensor", tensor)
-        self._fitted: tuple[object, Tensor] | None = None
-        self._valid_for: object = None
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
         return self.operands(q_length, k_length, i.device)[0]
@@ -34,21 +32,9 @@ class Mask(Pattern):
         return Schedule.of([[in_mask(0)]], 1)
 
     def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        # Kept, since a layer or a step asks for the same again and again, and each view costs a microsecond.
-        call = q_length, k_length, device, self.tensor.shape
-        if self._fitted is not None and not torch.compiler.is_compiling() and self._fitted[0] == call:
-            return (self._fitted[1],)
         mask = four_dimensional(self.tensor)
         check_broadcast("tensor", mask, (*mask.shape[:2], q_length, k_length))
-        mask = mask.to(device)
-        # A copy on another device would not follow changes to the tensor.
-        if not torch.compiler.is_compiling() and mask.data_ptr() == self.tensor.data_ptr():
-            self._fitted = call, mask
-        return (mask,)
+        return (mask.to(device),)
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
-        call = batch, heads, q_length, k_length, self.tensor.shape
-        if torch.compiler.is_compiling() or self._valid_for != call:
-            check_broadcast("tensor", self.tensor, call[:4])
-            if not torch.compiler.is_compiling():
-                self._valid_for = call
+        check_broadcast("tensor", self.tensor, (batch, heads, q_length, k_length))

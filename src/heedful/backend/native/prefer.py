@@ -1,8 +1,8 @@
 """Where the engine is measured to be faster than PyTorch's SDPA, for problems that both can run.
 
-The defaults were measured by benchmarks/sweep.py; docs/performance/log.md has the figures. `heedful tune` measures
-them on the machine at hand. What SDPA would need a dense mask for is the engine's: building the mask alone costs more
-than many a call.
+The defaults were measured by benchmarks/sweep.py and benchmarks/tiny_calls.py; docs/performance/log.md has the figures.
+`heedful tune` measures them on the machine at hand. What SDPA would need a dense mask for is the engine's: building the
+mask alone costs more than many a call.
 """
 
 from __future__ import annotations
@@ -21,15 +21,28 @@ from heedful.problem import Problem, known
 
 logger = logging.getLogger("heedful")
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
-_PAIRS = {"float32": 8192, "float64": 8192, "bfloat16": 512, "float16": 256}
-# few_pairs: below so many query-key pairs a call is its overhead, and SDPA's is smaller. In 16 bit SDPA catches up
-# later. few_queries: with so few to a head of its own keys, SDPA multiplies them where they lie, and packing them costs
-# more than it saves, as long as they come from the cache, cached_bytes. engine: its own constants, 0 for its choice.
+# few_pairs: below so many query-key pairs a call is its overhead, and SDPA's is smaller; with gradients by 7 µs, since
+# autograd calls the engine through Python. few_queries: with so few to a head of its own keys, in float32 and float64,
+# SDPA multiplies them where they lie, and its overhead decides while keys and values are few, cached_bytes; twice the
+# queries and four times the bytes with gradients. engine: its own constants, 0 for its choice.
+_PAIRS = {"float32": 64, "float64": 16, "bfloat16": 0, "float16": 0}
+_GRADIENT_PAIRS = {"float32": 640, "float64": 512, "bfloat16": 64, "float16": 16}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    tier: {"few_pairs": _PAIRS, "few_queries": few_queries, "cached_bytes": 32 << 20, "engine": {}}
-    for tier, few_queries in (("neon", 4), ("avx2", 4), ("avx512", 1), ("avx512_bf16", 1))
+    tier: {
+        "few_pairs": _PAIRS,
+        "few_pairs_gradient": _GRADIENT_PAIRS,
+        "few_queries": few_queries,
+        "cached_bytes": cached_bytes,
+        "engine": {},
+    }
+    for tier, few_queries, cached_bytes in (
+        ("neon", 4, 32 << 20),
+        ("avx2", 4, 32 << 20),
+        ("avx512", 1, 1 << 20),
+        ("avx512_bf16", 1, 1 << 20),
+    )
 }
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -51,12 +64,24 @@ def native_is_faster(problem: Problem) -> bool:
     if table is None:
         # Without fused multiply-adds the engine reaches a third of what PyTorch's own libraries do.
         return False
-    if known(problem.pairs < table["few_pairs"][_DTYPES[problem.dtype]]):
+    # SDPA's other way, for values of another width than keys, takes ten times as long to begin.
+    if problem.value_dim != problem.head_dim:
+        return True
+    gradient = "gradient" in problem.features
+    if known(problem.pairs < table["few_pairs_gradient" if gradient else "few_pairs"][_DTYPES[problem.dtype]]):
         return False
-    if problem.dtype.itemsize < 4 or problem.heads != problem.kv_heads:
+    if problem.dtype.itemsize < 4:
+        return True
+    # The engine packs a whole vector's width of keys, however few there are.
+    if known(problem.k_length * 8 * problem.dtype.itemsize <= problem.head_dim):
+        return False
+    if problem.heads != problem.kv_heads:
         return True
     key_bytes = problem.batch * problem.kv_heads * problem.k_length * problem.head_dim * 2 * problem.dtype.itemsize
-    return not (known(problem.q_length <= table["few_queries"]) and known(key_bytes <= table["cached_bytes"]))
+    few_queries, cached_bytes = table["few_queries"], table["cached_bytes"]
+    if gradient:
+        few_queries, cached_bytes = 2 * few_queries, 4 * cached_bytes
+    return not (known(problem.q_length <= few_queries) and known(key_bytes <= cached_bytes))
 
 
 def load_table() -> dict[str, Any] | None:
@@ -89,7 +114,7 @@ def _read_table() -> dict[str, Any] | None:
     if why is not None:
         logger.warning("the tuning table %s is not used: %s", path, why)
         return DEFAULTS.get(tier)
-    return {name: table[name] for name in ("few_pairs", "few_queries", "cached_bytes", "engine")}
+    return {name: table[name] for name in ("few_pairs", "few_pairs_gradient", "few_queries", "cached_bytes", "engine")}
 
 
 def _set_constants(values: dict[str, int]) -> str | None:
@@ -124,9 +149,11 @@ def _mismatch(table: Any, tier: str) -> str | None:
     for name, wanted in here.items():
         if table.get(name) != wanted:
             return f"its {name} is {table.get(name)!r}, here it is {wanted!r}"
-    pairs, engine = table.get("few_pairs"), table.get("engine")
-    if not isinstance(pairs, dict) or not all(_is_count(pairs.get(dtype)) for dtype in _PAIRS):
-        return f"few_pairs is {pairs!r}, and takes a count for each of {', '.join(_PAIRS)}"
+    engine = table.get("engine")
+    for name in ("few_pairs", "few_pairs_gradient"):
+        pairs = table.get(name)
+        if not isinstance(pairs, dict) or not all(_is_count(pairs.get(dtype)) for dtype in _PAIRS):
+            return f"{name} is {pairs!r}, and takes a count for each of {', '.join(_PAIRS)}"
     for name in ("few_queries", "cached_bytes"):
         if not _is_count(table.get(name)):
             return f"{name} is {table.get(name)!r}, and takes a count"

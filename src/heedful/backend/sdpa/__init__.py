@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heedful.backend.base import Backend, Shortcut
 from heedful.patterns import Causal, Full, Pattern
+from heedful.patterns.schedule import Schedule
 from heedful.problem import Attention, Call, Problem, known
 
 # PyTorch's function itself, whatever stands behind its public name by the time of a call.
@@ -28,6 +29,8 @@ class Lowering(NamedTuple):
     is_causal: bool = False
     k_length: int | None = None
     """Keys from here on are attended by no query, and are cut off; None keeps all."""
+    mask: Tensor | None = None
+    """(1, 1, Lq, Lk), 0 or -inf, of few pairs that never change."""
 
 
 class SdpaBackend(Backend):
@@ -41,9 +44,11 @@ class SdpaBackend(Backend):
     gradient = True
 
     def notes(self, problem: Problem) -> list[str]:
-        if not lower(problem).dense:
+        lowering = lower(problem)
+        if not lowering.dense and lowering.mask is None:
             return []
-        what = "a float mask" if problem.features & {"bias", "alibi"} else "a bool mask"
+        kept = "a kept float mask" if lowering.mask is not None else None
+        what = kept or ("a float mask" if problem.features & {"bias", "alibi"} else "a bool mask")
         return [
             f"the pattern runs dense: SDPA gets {what} of {problem.q_length} x {problem.k_length} and skips nothing"
         ]
@@ -55,7 +60,8 @@ class SdpaBackend(Backend):
         key, value = call.key, call.value
         if lowering.k_length is not None:
             key, value = key[:, :, : lowering.k_length], value[:, :, : lowering.k_length]
-        return Attention(_sdpa(call.query, key, value, is_causal=lowering.is_causal, **_options(call)), None, None)
+        out = _sdpa(call.query, key, value, lowering.mask, is_causal=lowering.is_causal, **_options(call))
+        return Attention(out, None, None)
 
     def shortcut(self, call: Call) -> Shortcut | None:
         lowering, options = lower(call.problem), _options(call)
@@ -63,9 +69,12 @@ class SdpaBackend(Backend):
             return None
         if lowering.is_causal:
             options["is_causal"] = True
+        mask = lowering.mask
+        if mask is not None:
+            return lambda q, k, v, operands: _sdpa(q, k, v, mask, **options)
         if not options:
             return _plain
-        return lambda q, k, v, pattern: _sdpa(q, k, v, **options)
+        return lambda q, k, v, operands: _sdpa(q, k, v, **options)
 
 
 def lower(problem: Problem) -> Lowering:
@@ -82,10 +91,36 @@ def lower(problem: Problem) -> Lowering:
     if problem.schedule == _TOP_LEFT:
         enough = known(problem.k_length <= problem.q_length)
         return Lowering(dense=False, is_causal=True, k_length=None if enough else problem.q_length)
+    if _is_small(problem):
+        return _small(problem.schedule, problem.q_length, problem.k_length, problem.dtype)
     return Lowering(dense=True)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+# Pairs of a mask that a shortcut may hold for the length of its life.
+SMALL_PAIRS = 64 * 64
+
+
+def _is_small(problem: Problem) -> bool:
+    if torch.compiler.is_compiling() or problem.schedule.slots or problem.features - {"gradient"}:
+        return False
+    # SDPA's fused kernel takes no values of another width than keys, and its other way has no use for a mask.
+    small = problem.device_type == "cpu" and problem.head_dim == problem.value_dim
+    return small and 0 < problem.q_length * problem.k_length <= SMALL_PAIRS
+
+
+@lru_cache(maxsize=1024)
+def _small(schedule: Schedule, q_length: int, k_length: int, dtype: torch.dtype) -> Lowering:
+    pairs = schedule.rows(0, q_length, q_length, k_length, ())
+    if pairs.all():
+        return Lowering(dense=False)
+    # Rows and keys without a pair need more than a mask.
+    if not (pairs.any(-1).all() and pairs.any(-2).all()):
+        return Lowering(dense=True)
+    mask = torch.zeros(pairs.shape, dtype=dtype).masked_fill_(~pairs, -torch.inf)
+    return Lowering(dense=False, mask=mask)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
     return _sdpa(q, k, v)
 
 
