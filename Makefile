@@ -1,6 +1,7 @@
 # make demo, make test, make bench, make lint, make sanitize, make fuzz, make test-arm, make bench-tiles: each sets up
 # what it needs in .venv first.
 #   PYTHON       the Python (3.11 or newer) that .venv is made with
+#   TEST_WORKERS how many tests run at once, 2 if left out
 #   TORCH_INDEX  the index to take torch from, as in https://download.pytorch.org/whl/cpu; empty: pip's own
 PYTHON ?= python3
 CXX ?= g++
@@ -9,12 +10,16 @@ TORCH_INDEX ?=
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= qemu-aarch64-static
 FUZZ ?= --seconds 60
+# Tests that run at once.
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 BUILD := build/native
 # Slow code in short runs: a few calls of each test, compiled quickly.
 SANITIZED := -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DHEEDFUL_TEST_ROUNDS=30
 comma := ,
+# Threads that spin while they wait keep the other tests from the cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 SOURCES := $(shell find engine bridge benchmarks -name '*.cpp' -o -name '*.h')
 
 # $(call configure,folder,options): a build folder, made once.
@@ -27,7 +32,7 @@ demo: build .venv/demo.stamp
 
 test: build disassembly .venv/demo.stamp
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=ignore
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The inner loops of the tile kernels keep their sums in registers.
 disassembly: build

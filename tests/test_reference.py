@@ -75,7 +75,7 @@ SIZES = [
         {"sinks"},
         {"softcap", "bias", "alibi", "sinks"},
     ],
-    ids="+".join,
+    ids=lambda names: "+".join(sorted(names)),
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_a_loop_over_pairs(sizes, features, masked) -> None:
