@@ -319,10 +319,11 @@ struct Row {
         score_error = SUM_ROUNDOFF[p.dtype] * (8 + 4 * largest);
         error = WEIGHT_ROUNDOFF[p.dtype] + score_error;
         if (peak == -INFINITE) return;
-        double total = p.sinks.given() ? std::exp(p.sinks.get(h) - peak) : 0;
+        // Equal terms, as of scale 0, all round the same way: in double 600 of them sum to less than the bound allows.
+        long double total = p.sinks.given() ? std::exp(p.sinks.get(h) - peak) : 0;
         for (size_t j = 0; j < n; ++j) total += weight[j] = std::exp(score[j] - peak);
-        for (size_t j = 0; j < n; ++j) weight[j] /= total;
-        lse = peak + std::log(total);
+        for (size_t j = 0; j < n; ++j) weight[j] = double(weight[j] / total);
+        lse = double(peak + std::log(total));
     }
 
     static double away(const Problem &p, int64_t b, int64_t i, int64_t j) {
