@@ -165,6 +165,34 @@ def test_codes(pattern: Pattern, code: tuple[int, ...]) -> None:
     assert pattern.schedule.encode() == code
 
 
+@property_test
+@given(cases(), st.integers(0, 5), st.integers(1, 5))
+def test_parts_share_no_pair_and_leave_none_out(case: Case, radius: int, step: int) -> None:
+    s = case.sizes
+    schedule = (case.pattern | Dilated(radius, step)).schedule
+    whole, *parts = (
+        each.mask(s.q_length, s.k_length, case.operands(), s.batch, s.heads) for each in (schedule, *schedule.parted())
+    )
+    assert torch.equal(sum(part.int() for part in parts), whole.int())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "parts"),
+    [
+        (Dilated(8, 4) | SlidingWindow(3, 5), [1, 2]),
+        ((Dilated(8, 4) | SlidingWindow(3)) & Causal(), [1, 1]),
+        (Dilated(8, 4) | Dilated(3, 5) | SlidingWindow(1) | Prefix(2), [2, 4]),
+        (Dilated(2, 4) | SlidingWindow(9), [1]),
+        (Dilated(8, 4), [1]),
+        (SlidingWindow(9) | Prefix(1), [2]),
+        (Dilated(8, 4) | Chunked(5), [2]),
+        (Documents(torch.tensor([0, 9]), within=Dilated(8, 4) | SlidingWindow(1)), [2]),
+    ],
+)
+def test_what_is_parted(pattern: Pattern, parts: list[int]) -> None:
+    assert [len(part.atoms) for part in pattern.schedule.parted()] == parts
+
+
 def test_products_of_large_steps_stay_small() -> None:
     primes = (2147483647, 2147483629, 2147483587)
     pattern = Dilated(1, primes[0]) & Dilated(1, primes[1]) & Dilated(1, primes[2])

@@ -50,6 +50,14 @@ def _dilated(length: int, density: float) -> Pattern:
     return Dilated(max(1, round(density * length / 2)), step)
 
 
+def _dilated_or_window(length: int, density: float) -> Pattern:
+    from heedful import Dilated, SlidingWindow
+
+    # Half of the pairs each: the nearest keys, and every so many of those further off.
+    step = max(2, round(1 / density))
+    return Dilated(max(1, round(density * length / 4)), step) | SlidingWindow(max(1, round(density * length / 4)))
+
+
 def _chunked(length: int, density: float) -> Pattern:
     from heedful import Chunked
 
@@ -116,6 +124,7 @@ def _padding(length: int, density: float) -> Pattern:
 FAMILIES: dict[str, Maker] = {
     "window": _window,
     "dilated": _dilated,
+    "dilated | window": _dilated_or_window,
     "chunked": _chunked,
     "Longformer": _longformer,
     "BigBird": _bigbird,

@@ -63,6 +63,9 @@ _LARGEST_STEP = 2**33
 _COUNTED_AT_ONCE = 1 << 22
 _PROGRESSIONS = 6
 
+# Atoms that a schedule is parted into at most.
+_PARTED = 16
+
 
 class Bound(NamedTuple):
     """The number const + sign * S, S being what `symbol` stands for in the call; see the module."""
@@ -139,6 +142,13 @@ def in_blocks(size: int, slot: int) -> Term:
 
 def in_mask(slot: int) -> Term:
     return Term(MASK, (), None, slot)
+
+
+def _opposite(term: Term) -> Term:
+    """What holds where a bound does not."""
+    assert term.bound is not None
+    axis, side = term.numbers
+    return at_most(axis, term.bound.plus(-1)) if side == LOWER else at_least(axis, term.bound.plus(1))
 
 
 def _shifted(slot: int, slots: int) -> int:
@@ -223,6 +233,26 @@ class Schedule:
         """The same schedule with its operands behind `slots` others."""
         atoms = tuple(tuple(term.shifted(slots) for term in atom) for atom in self.atoms)
         return Schedule(atoms, self.slots + slots)
+
+    def parted(self) -> tuple[Schedule, ...]:
+        """This schedule in two that share no pair, its bands and its steps beyond them, over the same operands.
+
+        Strided sub-problems follow the density of steps, but need a step in every atom: the union of a dilated and
+        another pattern would cost its span. One alone where there is nothing to part, or no short way to do it.
+        """
+        stepped = [atom for atom in self.atoms if any(term.kind == STEP for term in atom)]
+        bands = [atom for atom in self.atoms if atom not in stepped]
+        if not stepped or not bands or any(t.bound is None or t.bound.frame != NONE for atom in bands for t in atom):
+            return (self,)
+        if any(term.kind != BOUND for atom in bands for term in atom):
+            return (self,)
+        beyond = stepped
+        for atom in bands:
+            beyond = [(*inside, _opposite(term)) for inside in beyond for term in atom]
+            if len(beyond) > _PARTED:
+                return (self,)
+        parts = Schedule.of(bands, self.slots), Schedule.of(beyond, self.slots)
+        return parts if parts[1].atoms else parts[:1]
 
     def in_documents(self) -> Schedule:
         """The schedule inside each document of operands 0 and 1 (cu_q, cu_k), its own operands after these."""

@@ -17,10 +17,11 @@ from heedful.backend.native.gradient import (
     TransformedAttention,
     apply_eagerly,
     apply_plain_eagerly,
+    attend,
     compute_weights,
 )
 from heedful.dropout import draw_seed
-from heedful.problem import FEATURES, Attention, Call, Problem
+from heedful.problem import FEATURES, Attention, Call, Problem, known
 
 
 class NativeBackend(Backend):
@@ -65,12 +66,13 @@ class NativeBackend(Backend):
         if call.pages is not None or call.query_offset is not None:
             return None
         problem, settings = call.problem, _settings(call)
-        if not problem.features - {"lse"}:
+        whole = len(settings.parts) == 1
+        if whole and not problem.features - {"lse"}:
             return _plain_shortcut(settings)
-        if problem.features == {"gradient"}:
+        if whole and problem.features == {"gradient"}:
             return _plain_gradient_shortcut(settings)
 
-        if not problem.features - {"bias", "alibi", "softcap", "sinks", "lse"}:
+        if whole and not problem.features - {"bias", "alibi", "softcap", "sinks", "lse"}:
             return _feature_shortcut(settings)
         gradient = "gradient" in problem.features
         bare = not (settings.lse or settings.weights)
@@ -94,16 +96,25 @@ class NativeBackend(Backend):
         return run
 
 
+# Two calls of the engine and their sum cost more than a few pairs too many.
+PARTED_PAIRS = 1 << 20
+
+
 def _settings(call: Call) -> Settings:
-    features = call.problem.features
+    problem, features = call.problem, call.problem.features
+    code = problem.schedule.encode()
+    parts: tuple[tuple[int, ...], ...] = (code,)
+    if call.pages is None and known(problem.q_length * problem.k_length >= PARTED_PAIRS):
+        parts = tuple([part.encode() for part in problem.schedule.parted()])
     return Settings(
-        call.problem.schedule.encode(),
+        code,
         call.scale,
         0.0 if call.softcap is None else call.softcap,
         call.dropout_p,
         call.blhd,
         "sparse" if "sparse_weights" in features else "dense" if "weights" in features else None,
         "lse" in features,
+        parts,
     )
 
 
@@ -119,14 +130,10 @@ def _attend(
     pages: Tensor | None = None,
     query_offset: Tensor | None = None,
 ) -> Attention:
-    schedule, scale, softcap, dropout_p, blhd, kind, _ = settings
     slopes, seed = _slopes(alibi_slopes), _seed(settings, query)
-    out, lse = torch.ops.heedful.attention_forward(
-        query, key, value, operands, schedule, scale, blhd, bias, slopes, sinks, softcap, dropout_p, seed, pages,
-        query_offset,
-    )  # fmt: skip
+    out, lse = attend(settings, query, key, value, operands, bias, slopes, sinks, seed, pages, query_offset)
     weights: tuple[Tensor, ...] = ()
-    if kind is not None:
+    if settings.weights is not None:
         weights = compute_weights(settings, query, key, lse, operands, bias, slopes, seed, query_offset)
     return _result(settings, key, out, lse, *weights)
 

@@ -22,6 +22,8 @@ class Settings(NamedTuple):
     weights: str | None
     """None, "dense" or "sparse"."""
     lse: bool
+    parts: tuple[tuple[int, ...], ...]
+    """The schedule again, in one or more that share no pair: each is a call of its own."""
 
 
 class EngineAttention(torch.autograd.Function):
@@ -122,13 +124,44 @@ def _forward(
     settings: Settings,
     *operands: Tensor,
 ) -> tuple[Tensor, ...]:
-    schedule, scale, softcap, dropout_p, blhd, kind, _ = settings
-    out, lse = torch.ops.heedful.attention_forward.default(
-        query, key, value, operands, schedule, scale, blhd, bias, alibi_slopes, sinks, softcap, dropout_p, seed
-    )
-    if kind is None:
+    out, lse = attend(settings, query, key, value, operands, bias, alibi_slopes, sinks, seed)
+    if settings.weights is None:
         return out, lse
     return out, lse, *compute_weights(settings, query, key, lse, operands, bias, alibi_slopes, seed)
+
+
+def attend(
+    settings: Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: tuple[Tensor, ...],
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    pages: Tensor | None = None,
+    query_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of all parts of the schedule; a sink belongs to the first."""
+    found = [
+        torch.ops.heedful.attention_forward.default(
+            query, key, value, operands, part, settings.scale, settings.blhd, bias, alibi_slopes,
+            sinks if part is settings.parts[0] else None, settings.softcap, settings.dropout_p, seed, pages,
+            query_offset,
+        )
+        for part in settings.parts
+    ]  # fmt: skip
+    if len(found) == 1:
+        out, lse = found[0]
+        return out, lse
+    lse = torch.stack([part for _, part in found]).logsumexp(0)
+    # A row without a key in any part: -inf - -inf.
+    shares = [(part - lse).where(lse != -torch.inf, -torch.inf).exp().unsqueeze(-1) for _, part in found]
+    together = found[0][0].to(lse.dtype).mul_(shares[0])
+    for (out, _), share in zip(found[1:], shares[1:], strict=True):
+        together.addcmul_(out, share)
+    return together.to(query.dtype), lse
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,7 +184,7 @@ def compute_weights(
     query_offset: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The weights (B, H, Lq, Lk), or for "sparse" those of the attended pairs (n,) and their indices (4, n)."""
-    schedule, scale, softcap, dropout_p, _, kind, _ = settings
+    schedule, scale, softcap, dropout_p, _, kind, *_ = settings
     features = bias, alibi_slopes, softcap, dropout_p, seed, query_offset
     if kind == "dense":
         return (torch.ops.heedful.attention_weights.default(query, key, lse, operands, schedule, scale, *features),)
@@ -169,7 +202,7 @@ def _backward(
     _grad_indices: Tensor | None = None,
 ) -> _Gradients:
     query, key, value, bias, alibi_slopes, sinks, seed, out, lse, *rest = ctx.saved_tensors
-    schedule, scale, softcap, dropout_p, _, kind, _ = ctx.settings
+    _, scale, softcap, dropout_p, _, kind, _, parts = ctx.settings
     operands = rest if kind is None else rest[1:] if kind == "dense" else rest[2:]
     none = (None,) * (1 + len(operands))
     if grad_weights is not None:
@@ -186,10 +219,17 @@ def _backward(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[3:6]
-    grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes = torch.ops.heedful.attention_backward.default(
-        grad_out, query, key, value, out, lse, operands, schedule, scale, bias, alibi_slopes, softcap, dropout_p, seed,
-        grad_lse, grad_weights, needs_bias, needs_slopes,
-    )  # fmt: skip
+    found = [
+        torch.ops.heedful.attention_backward.default(
+            grad_out, query, key, value, out, lse, operands, part, scale, bias, alibi_slopes, softcap, dropout_p, seed,
+            grad_lse, grad_weights, needs_bias, needs_slopes,
+        )
+        for part in parts
+    ]  # fmt: skip
+    grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes = found[0]
+    for other in found[1:]:
+        grad_query, grad_key, grad_value = grad_query + other[0], grad_key + other[1], grad_value + other[2]
+        grad_bias, grad_slopes = grad_bias + other[4], grad_slopes + other[5]
     return (
         grad_query,
         grad_key,
