@@ -16,6 +16,7 @@ _HOME = {
     "explain": "api",
     "list_backends": "api",
     "clear_caches": "api",
+    "convert": "conversion",
     "Attention": "problem",
     "Explanation": "explanation",
     "UnsupportedError": "errors",
@@ -35,6 +36,7 @@ _HOME = {
     "Padding": "patterns",
     "Mask": "patterns",
 }
+_SUBPACKAGES = ("nn",)
 
 __all__ = [
     "Attention",
@@ -58,12 +60,15 @@ __all__ = [
     "__version__",
     "attention",
     "clear_caches",
+    "convert",
     "explain",
     "list_backends",
 ]
 
 if TYPE_CHECKING:
+    from heedful import nn as nn
     from heedful.api import attention, clear_caches, explain, list_backends
+    from heedful.conversion import convert
     from heedful.errors import UnsupportedError
     from heedful.explanation import Explanation
     from heedful.kv_cache import KVCache
@@ -87,6 +92,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"heedful.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'heedful' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"heedful.{_HOME[name]}"), name)

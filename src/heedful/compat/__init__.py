@@ -1,0 +1,1 @@
+"""The names of other libraries, one module each, for code that changes its import lines only."""

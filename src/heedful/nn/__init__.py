@@ -1,0 +1,15 @@
+"""Modules: PyTorch's multi-head attention and encoder layer with heedful inside, rotary embeddings, bare attention."""
+
+from heedful.nn.bare import MACoreAttention, SparseAttention, create_attention_layer
+from heedful.nn.multihead_attention import MultiheadAttention
+from heedful.nn.rotary import RotaryEmbedding
+from heedful.nn.transformer import TransformerEncoderLayer
+
+__all__ = [
+    "MACoreAttention",
+    "MultiheadAttention",
+    "RotaryEmbedding",
+    "SparseAttention",
+    "TransformerEncoderLayer",
+    "create_attention_layer",
+]
