@@ -20,6 +20,7 @@ _HOME = {
     "Explanation": "explanation",
     "UnsupportedError": "errors",
     "KVCache": "kv_cache",
+    "set_num_threads": "numpy",
     "Pattern": "patterns",
     "Full": "patterns",
     "Causal": "patterns",
@@ -35,6 +36,9 @@ _HOME = {
     "Padding": "patterns",
     "Mask": "patterns",
 }
+
+# Found as attributes without an import of their own.
+_SUBPACKAGES = ("numpy",)
 
 __all__ = [
     "Attention",
@@ -60,6 +64,7 @@ __all__ = [
     "clear_caches",
     "explain",
     "list_backends",
+    "set_num_threads",
 ]
 
 if TYPE_CHECKING:
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
     from heedful.errors import UnsupportedError
     from heedful.explanation import Explanation
     from heedful.kv_cache import KVCache
+    from heedful.numpy import set_num_threads
     from heedful.patterns import (
         BigBird,
         BlockSparse,
@@ -87,6 +93,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"heedful.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'heedful' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"heedful.{_HOME[name]}"), name)

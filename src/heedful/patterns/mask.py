@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import booleans, check_broadcast, four_dimensional
+from heedful.patterns.arrays import as_tensor, is_tracing
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import Schedule, in_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Mask(Pattern):
@@ -22,33 +27,31 @@ class Mask(Pattern):
             broadcast.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Array) -> None:
         self.tensor = booleans("tensor", tensor)
-        self._fitted: tuple[object, Tensor] | None = None
+        self._fitted: tuple[object, tuple[Array]] | None = None
         self._valid_for: object = None
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
-        return self.operands(q_length, k_length, i.device)[0]
+        return as_tensor(self.arrays(q_length, k_length)[0], i.device)
 
     def lower(self) -> Schedule:
         return Schedule.of([[in_mask(0)]], 1)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
         # Kept, since a layer or a step asks for the same again and again, and each view costs a microsecond.
-        call = q_length, k_length, device, self.tensor.shape
-        if self._fitted is not None and not torch.compiler.is_compiling() and self._fitted[0] == call:
-            return (self._fitted[1],)
+        call = q_length, k_length, self.tensor.shape
+        if self._fitted is not None and not is_tracing() and self._fitted[0] == call:
+            return self._fitted[1]
         mask = four_dimensional(self.tensor)
         check_broadcast("tensor", mask, (*mask.shape[:2], q_length, k_length))
-        mask = mask.to(device)
-        # A copy on another device would not follow changes to the tensor.
-        if not torch.compiler.is_compiling() and mask.data_ptr() == self.tensor.data_ptr():
-            self._fitted = call, mask
+        if not is_tracing():
+            self._fitted = call, (mask,)
         return (mask,)
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         call = batch, heads, q_length, k_length, self.tensor.shape
-        if torch.compiler.is_compiling() or self._valid_for != call:
+        if is_tracing() or self._valid_for != call:
             check_broadcast("tensor", self.tensor, call[:4])
-            if not torch.compiler.is_compiling():
+            if not is_tracing():
                 self._valid_for = call
