@@ -24,6 +24,8 @@ class WorkerShare {
     WorkerShare(const WorkerShare &) = delete;
     WorkerShare &operator=(const WorkerShare &) = delete;
     int64_t count() const { return count_; }
+    // In a forked child, whose only thread is in no call.
+    static void forget_other_threads() { active_.store(0, std::memory_order_relaxed); }
 
   private:
     static inline std::atomic<int64_t> active_{0};

@@ -34,7 +34,7 @@ typedef enum heedful_dtype {
     HEEDFUL_INT64 = 6
 } heedful_dtype;
 
-/* A view of memory that the caller owns. Strides count elements and may be 0 (broadcast). */
+/* A view of memory that the caller owns. Strides count elements and may be 0 (broadcast) or negative. */
 typedef struct heedful_tensor {
     void *data;
     int32_t dtype; /* heedful_dtype */
@@ -162,6 +162,14 @@ HEEDFUL_API int32_t heedful_tuning_count(void);
 HEEDFUL_API const char *heedful_tuning_name(int32_t index);
 HEEDFUL_API int64_t heedful_tuning_get(int32_t index);
 HEEDFUL_API heedful_status heedful_tuning_set(int32_t index, int64_t value);
+
+/* Threads for a program that has none of its own: fills in `threads`, for any number of calls at once, with a pool of
+ * `count` threads in all (0: one for each processor that this process may use), of which a call brings one itself.
+ * destroy, when no call uses them any more, ends the pool and leaves `threads` as one thread, the caller's; it does
+ * nothing to threads that are not a pool's. In a forked child an inherited pool runs everything on the calling thread,
+ * and a pool made there has threads again. */
+HEEDFUL_API heedful_status heedful_pool_create(int64_t count, heedful_threads *threads);
+HEEDFUL_API void heedful_pool_destroy(heedful_threads *threads);
 
 /* Frees the scratch memory that idle threads keep between calls, and says how many bytes it was. */
 HEEDFUL_API int64_t heedful_clear_caches(void);

@@ -92,12 +92,14 @@ struct Forward {
     std::string message;
 
     Forward(const Problem &p, int64_t threads)
+        : Forward(p, heedful_threads{threads, reference::run_on_threads, nullptr}) {}
+
+    Forward(const Problem &p, const heedful_threads &threads)
         : out(p.dtype, {p.batch, p.heads, p.q_length, p.value_dim}),
           lse(p.sum_dtype(), {p.batch, p.heads, p.q_length}) {
         const heedful_forward call = {p.query.seen(), p.key.seen(), p.value.seen(), out.seen(),    lse.seen(),
                                       p.scale,        p.schedule(), p.features(),   p.pages.seen()};
-        heedful_threads storage;
-        status = heedful_attention_forward(&call, threads_of(threads, storage));
+        status = heedful_attention_forward(&call, threads.count > 1 ? &threads : nullptr);
         if (status != HEEDFUL_OK) message = heedful_error_message();
     }
 };

@@ -21,6 +21,7 @@ _HOME = {
     "Explanation": "explanation",
     "UnsupportedError": "errors",
     "KVCache": "kv_cache",
+    "set_num_threads": "numpy",
     "Pattern": "patterns",
     "Full": "patterns",
     "Causal": "patterns",
@@ -37,6 +38,9 @@ _HOME = {
     "Mask": "patterns",
 }
 _SUBPACKAGES = ("nn",)
+
+# Found as attributes without an import of their own.
+_SUBPACKAGES = ("numpy",)
 
 __all__ = [
     "Attention",
@@ -63,6 +67,7 @@ __all__ = [
     "convert",
     "explain",
     "list_backends",
+    "set_num_threads",
 ]
 
 if TYPE_CHECKING:
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
     from heedful.errors import UnsupportedError
     from heedful.explanation import Explanation
     from heedful.kv_cache import KVCache
+    from heedful.numpy import set_num_threads
     from heedful.patterns import (
         BigBird,
         BlockSparse,

@@ -6,14 +6,13 @@ it takes.
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from heedful.checks import check_scalars, check_shapes, shape_of, what
 from heedful.errors import wrong_type, wrong_value
 from heedful.kv_cache import KVCache, no_gradient
 from heedful.patterns import Causal, Full, Mask, Pattern
@@ -78,14 +77,14 @@ def prepare(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, tensor)
         if tensor.ndim != 4:
-            raise wrong_value(name, f"shape {_shape(tensor)}", f"4 dimensions, {_axes(layout)}")
+            raise wrong_value(name, f"shape {shape_of(tensor)}", f"4 dimensions, {_axes(layout)}")
     query, key, value = _same_dtype_and_device(q, k, v)
     if layout == "blhd":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    _check_shapes(query, key, value)
-    _check_scalars(causal, scale, softcap, dropout_p, return_lse, return_weights)
+    check_shapes(query, key, value)
+    check_scalars(causal, scale, softcap, dropout_p, return_lse, return_weights)
     if cache is not None and not isinstance(cache, KVCache):
-        raise wrong_type("cache", _what(cache), "a heedful.KVCache or None")
+        raise wrong_type("cache", what(cache), "a heedful.KVCache or None")
     batch, heads, q_length, head_dim = query.shape
     k_length, value_dim = key.shape[2] + (0 if cache is None else len(cache)), value.shape[3]
     pairs = (batch, heads, q_length, k_length)
@@ -173,7 +172,7 @@ def resolve_pattern(pattern: Pattern | Tensor | None, causal: bool) -> Pattern:
     if pattern is None:
         return Causal() if causal else Full()
     if not isinstance(pattern, Pattern):
-        raise wrong_type("pattern", _what(pattern), "a heedful.Pattern (an instance), a bool tensor or None")
+        raise wrong_type("pattern", what(pattern), "a heedful.Pattern (an instance), a bool tensor or None")
     return pattern & Causal() if causal else pattern
 
 
@@ -211,7 +210,7 @@ def _same_dtype_and_device(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise wrong_type(name, _what(tensor), "a torch.Tensor")
+        raise wrong_type(name, what(tensor), "a torch.Tensor")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise wrong_type(
             name,
@@ -222,55 +221,11 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise wrong_type(name, f"dtype {tensor.dtype}", _DTYPE_NAMES)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    batch, heads, _, head_dim = query.shape
-    for name, tensor in (("k", key), ("v", value)):
-        if tensor.shape[0] != batch:
-            raise wrong_value(name, f"batch {tensor.shape[0]}", f"q's batch, {batch}")
-    if key.shape[3] != head_dim:
-        raise wrong_value("k", f"head dim {key.shape[3]}", f"q's head dim, {head_dim}")
-    if value.shape[1] != key.shape[1]:
-        raise wrong_value("v", f"{value.shape[1]} heads", f"as many heads as k, {key.shape[1]}")
-    if value.shape[2] != key.shape[2]:
-        raise wrong_value("v", f"length {value.shape[2]}", f"k's length, {key.shape[2]}")
-    if heads == 0:
-        raise wrong_value("q", "0 heads", "1 or more")
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise wrong_value("k", f"{key.shape[1]} heads", f"a number of heads that divides q's, {heads}")
-    if head_dim == 0:
-        raise wrong_value("q", "head dim 0", "1 or more")
-
-
-def _check_scalars(
-    causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    return_weights: bool | str,
-) -> None:
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        if not isinstance(flag, (bool, int)):
-            raise wrong_type(name, _what(flag), "a bool")
-    if not isinstance(return_weights, (bool, int)) and return_weights != "sparse":
-        raise wrong_value("return_weights", repr(return_weights), "True, False or 'sparse'")
-    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if number is not None and not isinstance(number, (float, int, Real)):
-            raise wrong_type(name, _what(number), "a number")
-    # Comparisons where math.isfinite would do, because torch.compile traces no call on a dynamic float.
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise wrong_value("scale", scale, "a finite number, or None for 1/sqrt(head dim)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise wrong_value("softcap", softcap, "a positive finite number, or None for none")
-    if dropout_p is None or not 0 <= dropout_p < 1:
-        raise wrong_value("dropout_p", dropout_p, "a probability in [0, 1)")
-
-
 def _check_extra(
     name: str, tensor: Tensor, query: Tensor, axes: str, shape: tuple[int, ...], broadcast: bool = True
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise wrong_type(name, _what(tensor), "a float tensor")
+        raise wrong_type(name, what(tensor), "a float tensor")
     if tensor.dtype == torch.bool:
         raise wrong_type(name, "a bool tensor", "a float tensor; a bool mask is pattern=heedful.Mask(mask)")
     if tensor.dtype not in (query.dtype, torch.float32):
@@ -282,7 +237,7 @@ def _check_extra(
     fits = missing == 0 or (broadcast and missing > 0)
     if not fits or any(size != n and not (broadcast and size == 1) for size, n in zip(sizes, shape, strict=True)):
         verb = "a shape that broadcasts to" if broadcast else "shape"
-        raise wrong_value(name, f"shape {_shape(tensor)}", f"{verb} {axes} = {tuple(shape)}")
+        raise wrong_value(name, f"shape {shape_of(tensor)}", f"{verb} {axes} = {tuple(shape)}")
 
 
 def _has_tangent(tensors: list[Tensor]) -> bool:
@@ -311,12 +266,3 @@ def _under(transform: str) -> int:
 
 def _axes(layout: str) -> str:
     return "(B, H, L, D)" if layout == "bhld" else "(B, L, H, D)"
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _what(value: object) -> str:
-    text = repr(value)
-    return f"a {type(value).__name__}" if len(text) > 60 else f"{text} ({type(value).__name__})"

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from heedful.backend.base import Backend
-from heedful.backend.native import NativeBackend
+from heedful.backend.native.backend import NativeBackend
 from heedful.backend.native.prefer import native_is_faster
 from heedful.backend.reference import ReferenceBackend
 from heedful.backend.sdpa import SdpaBackend

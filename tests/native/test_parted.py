@@ -8,7 +8,7 @@ from comparison import check
 from inputs import DTYPES, all_features, attention_inputs
 
 from heedful import Causal, Dilated, Documents, Longformer, Padding, SlidingWindow, attention, clear_caches
-from heedful.backend import native
+from heedful.backend.native import backend as native
 
 PATTERNS = (
     Dilated(9, 4) | SlidingWindow(6),

@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from heedful.patterns import (
     Pattern,
     Prefix,
     SlidingWindow,
+    expansion,
     schedule,
 )
 from heedful.patterns.schedule import Schedule
@@ -99,7 +101,7 @@ def test_density_is_the_mean_of_dense(case: Case, at_once: int) -> None:
     dense = case.dense()
     expected = int(dense.sum()) / dense.numel() if dense.numel() else 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "_COUNTED_AT_ONCE", at_once)
+        patch.setattr(expansion, "_COUNTED_AT_ONCE", at_once)
         assert case.pattern.density(case.sizes.q_length, case.sizes.k_length) == expected
 
 
@@ -285,6 +287,15 @@ def test_fitted_operands_of_tensors_without_versions() -> None:
     assert pattern.fitted(1, 1, 5, 5)[0].tolist() == [0, 2, 5]
 
 
+def test_fitted_operands_of_arrays_are_made_anew() -> None:
+    cu = np.array([0, 3, 5])
+    pattern = Documents(cu)
+    assert pattern.fitted(1, 1, 5, 5)[0].tolist() == [0, 3, 5]
+    cu[2] = 4
+    with pytest.raises(ValueError, match="5 here, got 4"):
+        pattern.fitted(1, 1, 5, 5)
+
+
 def test_fitted_checks_contents_that_changed() -> None:
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)
     pattern = Documents(cu)
@@ -326,6 +337,29 @@ def test_equality_looks_at_tensor_contents_and_the_key_does_not() -> None:
 )
 def test_repr(pattern: Pattern, text: str) -> None:
     assert repr(pattern) == text
+
+
+def test_arrays_serve_as_tensors_do() -> None:
+    stop = np.array([1, 2])
+    pattern = Padding(0, stop) & Mask(FLAGS.numpy()[:, None, None])
+    same = Padding(0, torch.from_numpy(stop)) & Mask(FLAGS[:, None, None])
+    assert pattern == same
+    assert pattern.key is same.key
+    assert pattern != Padding(0, np.array([1, 3])) & Mask(FLAGS.numpy()[:, None, None])
+    assert repr(pattern) == "Padding(0, array[2]) & Mask(array[2, 1, 1, 3])"
+    for got, want in zip(pattern.operands(4, 3), same.operands(4, 3), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    assert torch.equal(pattern.dense(4, 3), same.dense(4, 3))
+    stop[:] = 3
+    assert pattern.operands(4, 3)[0].tolist() == [3, 3]
+    again = pickle.loads(pickle.dumps(pattern))
+    assert again == pattern
+    flipped, frozen = FLAGS.numpy()[:, ::-1], FLAGS.numpy().copy()
+    frozen.flags.writeable = False
+    assert torch.equal(Mask(flipped).dense(2, 3)[0, 0], FLAGS.flip(1))
+    assert torch.equal(Mask(frozen).dense(2, 3)[0, 0], FLAGS)
+    assert Global(np.array([3, 1])) == Global([1, 3])
 
 
 def test_compositions_are_flat() -> None:
@@ -433,6 +467,17 @@ INVALID_ARGUMENTS = [
     (lambda: Documents(CU, torch.tensor([0, 3])), ValueError, "cu_k takes as many elements as cu_q, 3, got 2"),
     (lambda: Documents(CU, torch.tensor([0, 4, 3])), ValueError, "cu_k takes elements that never decrease"),
     (lambda: Documents(CU, within=None), TypeError, "within takes a Pattern, got None"),
+    (lambda: Causal(np.array([0.5])), TypeError, "offset takes .* got a float64 array of shape \\(1,\\)"),
+    (lambda: Causal(np.array([1], ">i4")), TypeError, "offset takes an int or an int tensor, got a >i4 array"),
+    (lambda: Causal(np.array([2**31])), ValueError, "offset takes values from .* got 2147483648"),
+    (lambda: Causal(np.zeros((2, 2), np.int32)), ValueError, "offset takes one element or one per batch item"),
+    (lambda: SlidingWindow(np.array([3])), TypeError, "left takes an int, got a int64 array"),
+    (lambda: Global(np.ones(2)), TypeError, "positions takes .* 1-D int tensor, got a float64 array"),
+    (lambda: Mask(np.ones((2, 2))), TypeError, "tensor takes a bool tensor, .* got a float64 array"),
+    (lambda: BlockSparse(np.ones((2, 2), np.uint8), 4), TypeError, "blocks takes a bool tensor"),
+    (lambda: Documents(np.array([0, 3], np.int16)), TypeError, "cu_q takes an int32 or int64 tensor"),
+    (lambda: Documents(np.array([0, 3, 2])), ValueError, "cu_q takes elements that never decrease"),
+    (lambda: Documents(CU, np.array([0, 3])), ValueError, "cu_k takes as many elements as cu_q, 3, got 2"),
 ]
 
 

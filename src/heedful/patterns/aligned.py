@@ -6,12 +6,16 @@ import functools
 import operator
 from collections.abc import Hashable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from heedful.patterns.base import And, Or, Pattern
 from heedful.patterns.schedule import BLOCKS, KEY, MASK, Bound, Schedule, at_least, at_most
+
+if TYPE_CHECKING:
+    from heedful.patterns.arrays import Array
 
 
 class Aligned(Pattern):
@@ -63,12 +67,12 @@ class Aligned(Pattern):
             inside.append(at_least(KEY, Bound(0, 1)))
         return aligned & Schedule.of([inside], len(inside))
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        operands = self.within.operands(q_length, self.width, device)
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
+        operands = self.within.operands(q_length, self.width, self.stop.device)
         if operands and k_length != self.width and not self.within.by_position:
             operands = self._widened_operands(operands, k_length)
         ends = (self.offset, self.stop) if self.start is None else (self.offset, self.stop, self.start)
-        return (*operands, *[end.to(device) for end in ends])
+        return (*operands, *ends)
 
     def _widened_operands(self, operands: tuple[Tensor, ...], k_length: int) -> tuple[Tensor, ...]:
         widths = {}

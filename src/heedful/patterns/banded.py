@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from types import EllipsisType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import integer, offset_or_none
+from heedful.patterns.arrays import is_array, per_item
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import DIAGONAL, Bound, Schedule, at_least, at_most, every
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def diagonal(i: Tensor, j: Tensor, offset: int | Tensor | None, q_length: int, k_length: int) -> Tensor:
+    from heedful.patterns.arrays import Array
+
+
+def diagonal(i: Tensor, j: Tensor, offset: int | Array | None, q_length: int, k_length: int) -> Tensor:
     """d = j - i - offset, for every batch item that the offset tells apart."""
     return j - position(i, offset, q_length, k_length)
 
 
-def position(i: Tensor, offset: int | Tensor | None, q_length: int, k_length: int) -> Tensor:
+def position(i: Tensor, offset: int | Array | None, q_length: int, k_length: int) -> Tensor:
     """i + offset, the key position of each query."""
-    if isinstance(offset, Tensor):
-        return i + offset.to(device=i.device, dtype=torch.int64).view(-1, 1, 1, 1)
-    return i + (k_length - q_length if offset is None else offset)
+    return i + (k_length - q_length if offset is None else per_item(offset, i.device))
 
 
 class Full(Pattern):
@@ -44,7 +46,7 @@ class Causal(Pattern):
         TypeError, ValueError: `offset` is not an int, or an int tensor of one element or one per batch item.
     """
 
-    def __init__(self, offset: int | Tensor | None = None) -> None:
+    def __init__(self, offset: int | Array | None = None) -> None:
         self.offset = offset_or_none(offset)
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
@@ -52,7 +54,7 @@ class Causal(Pattern):
 
     def lower(self) -> Schedule:
         offset = Bound.of(self.offset)
-        return Schedule.of([[at_most(DIAGONAL, offset)]], int(isinstance(self.offset, Tensor)))
+        return Schedule.of([[at_most(DIAGONAL, offset)]], int(is_array(self.offset)))
 
 
 class SlidingWindow(Pattern):
@@ -71,7 +73,7 @@ class SlidingWindow(Pattern):
     """
 
     def __init__(
-        self, left: int | None, right: int | EllipsisType | None = ..., offset: int | Tensor | None = None
+        self, left: int | None, right: int | EllipsisType | None = ..., offset: int | Array | None = None
     ) -> None:
         self.left = None if left is None else integer("left", left, 0)
         self.right = self.left if right is ... else None if right is None else integer("right", right, 0)
@@ -93,7 +95,7 @@ class SlidingWindow(Pattern):
             terms.append(at_least(DIAGONAL, offset.plus(-self.left)))
         if self.right is not None:
             terms.append(at_most(DIAGONAL, offset.plus(self.right)))
-        return Schedule.of([terms], int(isinstance(self.offset, Tensor)))
+        return Schedule.of([terms], int(is_array(self.offset)))
 
 
 class Dilated(Pattern):
@@ -109,7 +111,7 @@ class Dilated(Pattern):
         TypeError, ValueError: an argument is not an int in its range, or `offset` is not as `Pattern` says.
     """
 
-    def __init__(self, radius: int, step: int, offset: int | Tensor | None = None) -> None:
+    def __init__(self, radius: int, step: int, offset: int | Array | None = None) -> None:
         self.radius = integer("radius", radius, 0)
         self.step = integer("step", step, 1)
         self.offset = offset_or_none(offset)
@@ -122,4 +124,4 @@ class Dilated(Pattern):
         offset = Bound.of(self.offset)
         span = self.radius * self.step
         band = [at_least(DIAGONAL, offset.plus(-span)), at_most(DIAGONAL, offset.plus(span))]
-        return Schedule.of([[*band, every(self.step, offset)]], int(isinstance(self.offset, Tensor)))
+        return Schedule.of([[*band, every(self.step, offset)]], int(is_array(self.offset)))

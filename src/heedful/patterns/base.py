@@ -8,13 +8,17 @@ import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from heedful.patterns.arguments import check_per_batch
+from heedful.patterns.arrays import as_operand, is_array, is_tensor, is_tracing, same
 from heedful.patterns.schedule import BLOCKS, DOCUMENTS, MASK, Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Key:
@@ -38,12 +42,13 @@ class Pattern(ABC):
     Query i sits at key position i + offset. An `offset` is an int, or an int tensor of one element or one per
     batch item; None is k_length - q_length, where the last query meets the last key. d is j - i - offset.
 
-    Equal patterns have equal classes, arguments and tensor contents. Tensors are kept, not copied: what is
-    written into them later holds for later calls.
+    Wherever a tensor is taken, a numpy array is too, and a pattern without tensors needs no torch; `dense`, `density`
+    and `plot` do. Equal patterns have equal classes, arguments and tensor contents. Tensors are kept, not copied: what
+    is written into them later holds for later calls.
 
     A new pattern is a subclass whose `__init__` keeps each argument in an attribute of the argument's name,
     with `pairs` (its definition) and `lower` (the same as a schedule, whose operands are the tensors among the
-    arguments in their order, unless `operands` says otherwise).
+    arguments in their order, unless `arrays` says otherwise).
     """
 
     _parameters: ClassVar[dict[str, inspect.Parameter]] = {}
@@ -70,6 +75,8 @@ class Pattern(ABC):
 
     def dense(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> Tensor:
         """The specification: bool (B or 1, H or 1, q_length, k_length), True where query i may attend to key j."""
+        import torch
+
         i = torch.arange(q_length, device=device).view(1, 1, -1, 1)
         j = torch.arange(k_length, device=device).view(1, 1, 1, -1)
         pairs = self.pairs(i, j, q_length, k_length)
@@ -78,7 +85,7 @@ class Pattern(ABC):
     @property
     def schedule(self) -> Schedule:
         """The pattern as a schedule: static, hashable, the same whatever the lengths and the tensors' contents."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self.lower()
         if self.key.schedule is None:
             self.key.schedule = self.lower()
@@ -89,9 +96,14 @@ class Pattern(ABC):
         """Whether nothing but positions and lengths decides, so that both may be counted inside documents."""
         return not any(term.kind in (BLOCKS, DOCUMENTS, MASK) for atom in self.schedule.atoms for term in atom)
 
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
+        """What the schedule's slots refer to, in their order, as the pattern has it: ints, or bools (4-D)."""
+        return tuple([value for value in self.arguments if is_array(value)])
+
+    @final
     def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """The tensors that the schedule's slots refer to, in their order, on a device: int32 (1-D) or bool (4-D)."""
-        return tuple(to_int32(value, device) for value in self.arguments if isinstance(value, Tensor))
+        return tuple([as_operand(array, device) for array in self.arrays(q_length, k_length)])
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         """Raises ValueError where the pattern does not fit a call of these sizes."""
@@ -103,10 +115,10 @@ class Pattern(ABC):
         same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are copies
         are not kept: they would not follow what is written into the tensors."""
         try:
-            tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in self._tensors]
+            tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in self._within]
             call = batch, heads, q_length, k_length, tensors
-        except RuntimeError:
-            # Tensors of inference mode count no versions.
+        except (AttributeError, RuntimeError):
+            # numpy's arrays and the tensors of inference mode count no versions.
             call = None
         kept = self._kept
         if kept is not None and kept[0] == call:
@@ -118,15 +130,15 @@ class Pattern(ABC):
 
     def _follows(self, operands: tuple[Tensor, ...]) -> bool:
         """Whether operands stay right when the tensors that the pattern was made of are written into."""
-        memory = {tensor.untyped_storage().data_ptr() for tensor in self._tensors}
+        memory = {tensor.untyped_storage().data_ptr() for tensor in self._within}
         return not memory or all(operand.untyped_storage().data_ptr() in memory for operand in operands)
 
     @functools.cached_property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        """The tensors among the arguments and among those of patterns there."""
-        found: list[Tensor] = []
+    def _within(self) -> tuple[Any, ...]:
+        """The tensors and arrays among the arguments and among those of patterns there."""
+        found: list[Any] = []
         for value in self.arguments:
-            found += value._tensors if isinstance(value, Pattern) else [value] if isinstance(value, Tensor) else []
+            found += value._within if isinstance(value, Pattern) else [value] if is_array(value) else []
         return tuple(found)
 
     def density(self, q_length: int, k_length: int) -> float:
@@ -215,8 +227,8 @@ class _Composition(Pattern):
     def by_position(self) -> bool:
         return all(part.by_position for part in self.parts)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return tuple([tensor for part in self.parts for tensor in part.operands(q_length, k_length, device)])
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
+        return tuple([array for part in self.parts for array in part.arrays(q_length, k_length)])
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         for part in self.parts:
@@ -257,22 +269,18 @@ class Or(_Composition):
         return " | ".join([f"({part})" if isinstance(part, And) else repr(part) for part in self.parts])
 
 
-def to_int32(tensor: Tensor, device: torch.device | str) -> Tensor:
-    return tensor.to(device=device, dtype=torch.int32).reshape(-1)
-
-
 def _static(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
+    if is_array(value):
         return "tensor", tuple(value.shape)
     return value.static if isinstance(value, Pattern) else value
 
 
 def _same(a: Any, b: Any) -> bool:
     """Whether arguments with the same static part are equal."""
-    if isinstance(a, Tensor):
-        return a is b or bool((a == b.to(a.device)).all())
-    return bool(a == b)
+    return same(a, b) if is_array(a) else bool(a == b)
 
 
 def _shown(value: Any) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    if is_array(value):
+        return f"{'tensor' if is_tensor(value) else 'array'}{list(value.shape)}"
+    return repr(value)

@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from heedful.patterns.arguments import booleans, check_broadcast, four_dimensional, integer
+from heedful.patterns.arrays import as_tensor, broadcast, is_tracing
 from heedful.patterns.base import Pattern
 from heedful.patterns.philox import philox4x32
 from heedful.patterns.schedule import Schedule, in_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class _Blocks(Pattern):
     block_size: int
 
     @abstractmethod
-    def block_map(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> Tensor:
+    def block_map(self, q_length: int, k_length: int) -> Array:
         """Which blocks of keys each block of queries may attend to: bool (B or 1, H or 1, nq, nk)."""
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
-        blocks = self.block_map(q_length, k_length, i.device)
+        blocks = as_tensor(self.block_map(q_length, k_length), i.device)
         return blocks[:, :, i.flatten() // self.block_size][..., j.flatten() // self.block_size]
 
     def lower(self) -> Schedule:
         return Schedule.of([[in_blocks(self.block_size, 0)]], 1)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return (self.block_map(q_length, k_length, device),)
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
+        return (self.block_map(q_length, k_length),)
 
     def density(self, q_length: int, k_length: int) -> float:
-        blocks = self.block_map(q_length, k_length)
+        import torch
+
+        blocks = as_tensor(self.block_map(q_length, k_length), "cpu")
         queries, keys = (
             (length - torch.arange(0, length, self.block_size)).clamp(max=self.block_size)
             for length in (q_length, k_length)
@@ -56,15 +63,15 @@ class BlockSparse(_Blocks):
             int of at least 1; at the call, `blocks` does not broadcast.
     """
 
-    def __init__(self, blocks: Tensor, block_size: int) -> None:
+    def __init__(self, blocks: Array, block_size: int) -> None:
         self.blocks = booleans("blocks", blocks)
         self.block_size = integer("block_size", block_size, 1)
 
-    def block_map(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> Tensor:
+    def block_map(self, q_length: int, k_length: int) -> Array:
         blocks = four_dimensional(self.blocks)
         nq, nk = -(-q_length // self.block_size), -(-k_length // self.block_size)
         check_broadcast("blocks", blocks, (*blocks.shape[:2], nq, nk))
-        return blocks.to(device).expand(-1, -1, nq, nk)
+        return broadcast(blocks, (*blocks.shape[:2], nq, nk))
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         shape = (batch, heads, -(-q_length // self.block_size), -(-k_length // self.block_size))
@@ -104,10 +111,8 @@ class BigBird(_Blocks):
                 f"window_blocks takes an odd int, the query's own block in the middle, got {window_blocks}"
             )
 
-    def block_map(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> Tensor:
-        # Traced, the map is one opaque operator, so that neither lengths nor tracing's fake tensors get into the cache.
-        blocks = _bigbird_operator if torch.compiler.is_compiling() else _bigbird_blocks
-        return blocks(
+    def block_map(self, q_length: int, k_length: int) -> Array:
+        arguments = (
             -(-q_length // self.block_size),
             -(-k_length // self.block_size),
             self.window_blocks // 2,
@@ -115,11 +120,17 @@ class BigBird(_Blocks):
             self.random_blocks,
             self.seed & 0xFFFFFFFF,
             self.seed >> 32,
-        ).to(device)
+        )
+        if is_tracing():
+            from heedful.patterns.traced_blocks import bigbird_operator
+
+            traced: Tensor = bigbird_operator(*arguments)
+            return traced
+        return bigbird_map(*arguments)
 
 
 @functools.lru_cache(maxsize=32)
-def _bigbird_map(
+def bigbird_map(
     q_blocks: int, k_blocks: int, radius: int, global_blocks: int, random_blocks: int, seed_low: int, seed_high: int
 ) -> npt.NDArray[np.bool_]:
     bi, bj = np.ogrid[:q_blocks, :k_blocks]
@@ -130,20 +141,3 @@ def _bigbird_map(
             draws = philox4x32(seed_low, seed_high, rest, row, 0, 0)[0]
             chosen[rest[np.argsort(draws, kind="stable")[:random_blocks]]] = True
     return blocks[np.newaxis, np.newaxis]
-
-
-def _bigbird_blocks(*arguments: int) -> Tensor:
-    return torch.from_numpy(_bigbird_map(*arguments))
-
-
-@torch.library.custom_op("heedful::bigbird_blocks", mutates_args=())
-def _bigbird_operator(
-    q_blocks: int, k_blocks: int, radius: int, global_blocks: int, random_blocks: int, seed_low: int, seed_high: int
-) -> Tensor:
-    # A compiled graph may write into the memory that it gets.
-    return _bigbird_blocks(q_blocks, k_blocks, radius, global_blocks, random_blocks, seed_low, seed_high).clone()
-
-
-@_bigbird_operator.register_fake
-def _(q_blocks: int, k_blocks: int, *rest: int) -> Tensor:
-    return torch.empty((1, 1, q_blocks, k_blocks), dtype=torch.bool)

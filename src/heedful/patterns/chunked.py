@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import integer, offset_or_none
+from heedful.patterns.arrays import is_array
 from heedful.patterns.banded import position
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import Bound, Schedule, same_chunk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Chunked(Pattern):
@@ -21,7 +27,7 @@ class Chunked(Pattern):
         TypeError, ValueError: `size` is not an int of at least 1, or `offset` is not as `Pattern` says.
     """
 
-    def __init__(self, size: int, offset: int | Tensor | None = None) -> None:
+    def __init__(self, size: int, offset: int | Array | None = None) -> None:
         self.size = integer("size", size, 1)
         self.offset = offset_or_none(offset)
 
@@ -29,4 +35,4 @@ class Chunked(Pattern):
         return position(i, self.offset, q_length, k_length) // self.size == j // self.size
 
     def lower(self) -> Schedule:
-        return Schedule.of([[same_chunk(self.size, Bound.of(self.offset))]], int(isinstance(self.offset, Tensor)))
+        return Schedule.of([[same_chunk(self.size, Bound.of(self.offset))]], int(is_array(self.offset)))

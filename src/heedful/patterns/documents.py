@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 from itertools import pairwise
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from heedful.patterns.arguments import LARGEST, describe, readable
+from heedful.patterns.arrays import as_tensor, count, dtype_name, is_array
 from heedful.patterns.banded import Full
-from heedful.patterns.base import Pattern, to_int32
+from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import Schedule, in_mask
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Documents(Pattern):
@@ -36,11 +42,11 @@ class Documents(Pattern):
             pattern; contents are looked at on the CPU only. At the call, they do not end at the lengths.
     """
 
-    def __init__(self, cu_q: Tensor, cu_k: Tensor | None = None, within: Pattern = Full()) -> None:  # noqa: B008
+    def __init__(self, cu_q: Array, cu_k: Array | None = None, within: Pattern = Full()) -> None:  # noqa: B008
         self.cu_q = _cumulative("cu_q", cu_q)
         self.cu_k = None if cu_k is None else _cumulative("cu_k", cu_k)
-        if self.cu_k is not None and self.cu_k.numel() != self.cu_q.numel():
-            raise ValueError(f"cu_k takes as many elements as cu_q, {cu_q.numel()}, got {self.cu_k.numel()}")
+        if self.cu_k is not None and count(self.cu_k) != count(self.cu_q):
+            raise ValueError(f"cu_k takes as many elements as cu_q, {count(self.cu_q)}, got {count(self.cu_k)}")
         if not isinstance(within, Pattern):
             raise TypeError(f"within takes a Pattern, got {describe(within)}")
         self.within = within
@@ -49,7 +55,9 @@ class Documents(Pattern):
         self._check_ends(q_length, k_length)
         if not self.within.by_position:
             return self._document_by_document(q_length, k_length, i.device)
-        cu_q, cu_k = (torch.cat([cu, cu[-1:]]).to(i.device) for cu in (self.cu_q, self._cu_k))
+        import torch
+
+        cu_q, cu_k = (torch.cat([cu, cu[-1:]]) for cu in (as_tensor(cu, i.device) for cu in (self.cu_q, self._cu_k)))
         # Past the last end t is one more than there are documents, which the repeated end makes an empty one.
         t = torch.searchsorted(cu_q[1:-1].contiguous(), i.contiguous().to(cu_q.dtype), right=True)
         queries, keys = cu_q[t + 1] - cu_q[t], cu_k[t + 1] - cu_k[t]
@@ -57,6 +65,8 @@ class Documents(Pattern):
         return same & self.within.pairs(i - cu_q[t], j - cu_k[t], cast(int, queries), cast(int, keys))
 
     def _document_by_document(self, q_length: int, k_length: int, device: torch.device) -> Tensor:
+        import torch
+
         ends_q, ends_k = self.cu_q.tolist(), self._cu_k.tolist()
         documents = [
             (slice(q0, q1), slice(k0, k1), self.within.dense(q1 - q0, k1 - k0, device))
@@ -72,27 +82,31 @@ class Documents(Pattern):
     def lower(self) -> Schedule:
         return self.within.schedule.in_documents() if self.within.by_position else Schedule.of([[in_mask(0)]], 1)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
         if self.within.by_position:
-            cu_q, cu_k = to_int32(self.cu_q, device), to_int32(self._cu_k, device)
-            return (cu_q, cu_k, *self.within.operands(q_length, k_length, device))
+            return (self.cu_q, self._cu_k, *self.within.arrays(q_length, k_length))
         _log_spelled_out()
-        return (self.dense(q_length, k_length, device),)
+        device = "cpu" if isinstance(self.cu_q, np.ndarray) else self.cu_q.device
+        try:
+            return (self.dense(q_length, k_length, device),)
+        except ImportError as error:
+            raise ImportError("Documents needs torch where its `within` has documents, blocks or a mask") from error
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         self._check_ends(q_length, k_length)
         if self.within.by_position:
             self.within.validate(batch, heads, q_length, k_length)
         elif readable(self.cu_q) and readable(self._cu_k):
-            for q, k in zip(self.cu_q.diff().tolist(), self._cu_k.diff().tolist(), strict=True):
-                self.within.validate(batch, heads, q, k)
+            ends = (pairwise(cu.tolist()) for cu in (self.cu_q, self._cu_k))
+            for (q0, q1), (k0, k1) in zip(*ends, strict=True):
+                self.within.validate(batch, heads, q1 - q0, k1 - k0)
 
     @property
     def by_position(self) -> bool:
         return False
 
     @property
-    def _cu_k(self) -> Tensor:
+    def _cu_k(self) -> Array:
         return self.cu_q if self.cu_k is None else self.cu_k
 
     def _check_ends(self, q_length: int, k_length: int) -> None:
@@ -110,15 +124,15 @@ def _log_spelled_out() -> None:
     )
 
 
-def _cumulative(name: str, cu: object) -> Tensor:
-    if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+def _cumulative(name: str, cu: object) -> Array:
+    if not is_array(cu) or dtype_name(cu) not in ("int32", "int64"):
         raise TypeError(f"{name} takes an int32 or int64 tensor, got {describe(cu)}")
-    if cu.ndim != 1 or not cu.numel():
+    if cu.ndim != 1 or not count(cu):
         raise ValueError(f"{name} takes a tensor (documents + 1,), got {describe(cu)}")
     if readable(cu):
         if int(cu[0]) != 0:
             raise ValueError(f"{name} takes 0 as its first element, got {int(cu[0])}")
-        if bool((cu.diff() < 0).any()):
+        if bool((cu[1:] < cu[:-1]).any()):
             raise ValueError(f"{name} takes elements that never decrease, got {cu.tolist()}")
         if int(cu[-1]) > LARGEST:
             raise ValueError(f"{name} takes elements up to {LARGEST}, got {int(cu[-1])}")

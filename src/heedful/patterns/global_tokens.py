@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from heedful.patterns.arguments import describe, integer, offset_or_none
+from heedful.patterns.arguments import INTEGERS, describe, integer, offset_or_none
+from heedful.patterns.arrays import dtype_name, is_array
 from heedful.patterns.banded import SlidingWindow, position
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import KEY, QUERY, Bound, Schedule, at_least, at_most
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Global(Pattern):
@@ -26,11 +30,13 @@ class Global(Pattern):
         TypeError, ValueError: a position is not an int of at least 0, or `offset` is not as `Pattern` says.
     """
 
-    def __init__(self, positions: int | Sequence[int] | Tensor, offset: int | Tensor | None = None) -> None:
+    def __init__(self, positions: int | Sequence[int] | Array, offset: int | Array | None = None) -> None:
         self.positions = _normal(positions)
         self.offset = offset_or_none(offset)
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
+        import torch
+
         chosen = range(self.positions) if isinstance(self.positions, int) else self.positions
         positions = torch.tensor(list(chosen), dtype=torch.int64, device=i.device)
         return torch.isin(j, positions) | torch.isin(position(i, self.offset, q_length, k_length), positions)
@@ -41,7 +47,7 @@ class Global(Pattern):
         for first, last in self._runs():
             atoms.append([at_least(KEY, Bound(first)), at_most(KEY, Bound(last))])
             atoms.append([at_least(QUERY, shift.plus(first)), at_most(QUERY, shift.plus(last))])
-        return Schedule.of(atoms, int(isinstance(self.offset, Tensor)))
+        return Schedule.of(atoms, int(is_array(self.offset)))
 
     def _runs(self) -> list[tuple[int, int]]:
         """First and last of each run of consecutive positions."""
@@ -70,7 +76,7 @@ class Longformer(Pattern):
     """
 
     def __init__(
-        self, radius: int, global_tokens: int | Sequence[int] | Tensor, offset: int | Tensor | None = None
+        self, radius: int, global_tokens: int | Sequence[int] | Array, offset: int | Array | None = None
     ) -> None:
         self.radius = integer("radius", radius, 0)
         self.global_tokens = _normal(global_tokens, "global_tokens")
@@ -85,14 +91,14 @@ class Longformer(Pattern):
     def lower(self) -> Schedule:
         return self._union().schedule
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return self._union().operands(q_length, k_length, device)
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
+        return self._union().arrays(q_length, k_length)
 
 
-def _normal(positions: int | Iterable[int] | Tensor, name: str = "positions") -> int | tuple[int, ...]:
+def _normal(positions: int | Iterable[int] | Array, name: str = "positions") -> int | tuple[int, ...]:
     """Sorted and without duplicates; the first n as the int n."""
-    if isinstance(positions, Tensor):
-        if positions.ndim != 1 or positions.dtype.is_floating_point or positions.dtype == torch.bool:
+    if is_array(positions):
+        if positions.ndim != 1 or dtype_name(positions) not in INTEGERS:
             raise TypeError(f"{name} takes an int, ints or a 1-D int tensor, got {describe(positions)}")
         positions = positions.tolist()
     elif not isinstance(positions, Iterable):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import booleans, check_broadcast, four_dimensional
+from heedful.patterns.arrays import as_tensor
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import Schedule, in_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Mask(Pattern):
@@ -22,19 +27,19 @@ class Mask(Pattern):
             broadcast.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Array) -> None:
         self.tensor = booleans("tensor", tensor)
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
-        return self.operands(q_length, k_length, i.device)[0]
+        return as_tensor(self.arrays(q_length, k_length)[0], i.device)
 
     def lower(self) -> Schedule:
         return Schedule.of([[in_mask(0)]], 1)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    def arrays(self, q_length: int, k_length: int) -> tuple[Array, ...]:
         mask = four_dimensional(self.tensor)
         check_broadcast("tensor", mask, (*mask.shape[:2], q_length, k_length))
-        return (mask.to(device),)
+        return (mask,)
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         check_broadcast("tensor", self.tensor, (batch, heads, q_length, k_length))

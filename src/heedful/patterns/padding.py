@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import integers
+from heedful.patterns.arrays import is_array, per_item
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import KEY, Bound, Schedule, at_least, at_most
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heedful.patterns.arrays import Array
 
 
 class Padding(Pattern):
@@ -21,17 +27,14 @@ class Padding(Pattern):
             per batch item.
     """
 
-    def __init__(self, start: int | Tensor, stop: int | Tensor) -> None:
+    def __init__(self, start: int | Array, stop: int | Array) -> None:
         self.start = integers("start", start)
         self.stop = integers("stop", stop)
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
-        start, stop = (
-            end.to(j.device).view(-1, 1, 1, 1) if isinstance(end, Tensor) else end for end in (self.start, self.stop)
-        )
-        return (start <= j) & (j < stop)
+        return (per_item(self.start, j.device) <= j) & (j < per_item(self.stop, j.device))
 
     def lower(self) -> Schedule:
-        start, stop = isinstance(self.start, Tensor), isinstance(self.stop, Tensor)
+        start, stop = is_array(self.start), is_array(self.stop)
         first, last = Bound.of(self.start), Bound.of(self.stop, int(start)).plus(-1)
         return Schedule.of([[at_least(KEY, first), at_most(KEY, last)]], start + stop)

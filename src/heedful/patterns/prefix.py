@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heedful.patterns.arguments import integer
 from heedful.patterns.base import Pattern
 from heedful.patterns.schedule import KEY, Bound, Schedule, at_most
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Prefix(Pattern):

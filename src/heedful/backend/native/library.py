@@ -21,6 +21,7 @@ from heedful.backend.native.structures import (
     EngineForward,
     EngineSchedule,
     EngineTensor,
+    EngineThreads,
     EngineWeights,
 )
 from heedful.errors import wrong_value
@@ -69,10 +70,13 @@ def engine() -> ctypes.CDLL:
         raise ImportError(f"{path} has interface version {found}, and this heedful takes {ABI_VERSION}", path=str(path))
     length, index = ctypes.c_int64, ctypes.c_int32
     schedule, output = ctypes.POINTER(EngineSchedule), ctypes.c_void_p
-    signatures: dict[str, tuple[type, tuple[type, ...]]] = {
+    threads = ctypes.POINTER(EngineThreads)
+    signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "heedful_attention_forward": (ctypes.c_int, (ctypes.POINTER(EngineForward), ctypes.c_void_p)),
         "heedful_attention_backward": (ctypes.c_int, (ctypes.POINTER(EngineBackward), ctypes.c_void_p)),
         "heedful_attention_weights": (ctypes.c_int, (ctypes.POINTER(EngineWeights), ctypes.c_void_p)),
+        "heedful_pool_create": (ctypes.c_int, (length, threads)),
+        "heedful_pool_destroy": (None, (threads,)),
         "heedful_error_message": (ctypes.c_char_p, ()),
         "heedful_version": (ctypes.c_char_p, ()),
         "heedful_isa_count": (index, ()),
@@ -98,8 +102,13 @@ def engine() -> ctypes.CDLL:
 
 def _check(status: int) -> None:
     if status != 0:
-        message = engine().heedful_error_message().decode()
+        message = error_message()
         raise MemoryError(message) if status == 3 else ValueError(message)
+
+
+def error_message() -> str:
+    """What the last call of this thread that failed said."""
+    return str(engine().heedful_error_message().decode())
 
 
 def version() -> str:

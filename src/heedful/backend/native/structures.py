@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "int32": 4, "bool": 5, "int64": 6}
+
+
+_FIELDS = struct.Struct("@Qii4q4q")
+_DATA = object.__basicsize__
+_READABLE = (
+    sys.implementation.name == "cpython"
+    and ctypes.c_size_t.from_address(id(_probe := np.zeros(1)) + _DATA).value == _probe.ctypes.data
+)
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Where a numpy array's first element lies."""
+    # The first field of numpy's public struct; through array.ctypes it takes 1.3 µs and not 0.2.
+    return ctypes.c_size_t.from_address(id(array) + _DATA).value if _READABLE else array.ctypes.data
 
 
 class EngineTensor(ctypes.Structure):
@@ -37,6 +56,16 @@ class EngineTensor(ctypes.Structure):
         four = ctypes.c_int64 * 4
         return cls(tensor.data_ptr(), DTYPES[name], len(size), four(*size), four(*stride))
 
+    @classmethod
+    def of_array(cls, array: npt.NDArray[Any], dtype: str) -> EngineTensor:
+        """The view of a numpy array of 1 to 4 dimensions, strides a multiple of its elements, which must outlive it."""
+        size, rest = array.itemsize, (0,) * (4 - array.ndim)
+        strides = [stride // size for stride in array.strides]
+        # Half the time that ctypes takes to fill the fields.
+        return cls.from_buffer_copy(
+            _FIELDS.pack(address(array), DTYPES[dtype], array.ndim, *array.shape, *rest, *strides, *rest)
+        )
+
 
 class EngineSchedule(ctypes.Structure):
     """``heedful_schedule``: the encoded atoms and the tensors that their slots refer to."""
@@ -57,6 +86,12 @@ class EngineSchedule(ctypes.Structure):
             (EngineTensor * len(operands))(*map(EngineTensor.of, operands)),
             len(operands),
         )
+
+
+class EngineThreads(ctypes.Structure):
+    """``heedful_threads``: how many threads a call may use, and who runs them."""
+
+    _fields_ = (("count", ctypes.c_int64), ("run", ctypes.c_void_p), ("pool", ctypes.c_void_p))
 
 
 class EngineFeatures(ctypes.Structure):
