@@ -29,6 +29,15 @@ GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
 LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
 
 
+def disturbed(model: Any) -> Any:
+    """The model with noise on parameters that start at 0 or 1 (norms, biases), which would hide what passes through."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (parameter.ndim == 1 and "sinks" not in name) or not parameter.any():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 @dataclass(frozen=True)
 class Family:
     name: str
@@ -41,13 +50,7 @@ class Family:
         """The model with seeded weights, in eval mode and with eager attention."""
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**{**self.arguments, **changes}, attn_implementation="eager")
-        model: PreTrainedModel = getattr(transformers, self.model)(config).to(dtype).eval()
-        # Parameters that start at 0 or 1 (norms, biases) would hide what passes through them.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1 and "sinks" not in name:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
+        return disturbed(getattr(transformers, self.model)(config).to(dtype).eval())
 
 
 FAMILIES = [
@@ -77,6 +80,7 @@ FAMILIES = [
         "Qwen2ForCausalLM",
         {**GROUPED, "use_sliding_window": True, "sliding_window": WINDOW, "layer_types": LOCAL_GLOBAL},
     ),
+    Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
     Family(
         "gemma2",
         "Gemma2Config",
@@ -167,3 +171,23 @@ def under(model: PreTrainedModel, implementation: str, run: Callable[[PreTrained
     """`run(model)` with that attention implementation."""
     model.set_attn_implementation(implementation)
     return run(model)
+
+
+def gradients(model: Any, run: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients of the parameters, of a sum of `run(model)` with fixed random weights."""
+    model.zero_grad()
+    out = run(model)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float = 2e-5, rtol: float = 1e-4
+) -> None:
+    """Gradients are the same but for a share of the parameter's largest."""
+    assert actual.keys() == expected.keys()
+    # Some gradients are zero but for rounding (a key's bias shifts all scores alike), hence a floor from the largest.
+    floor = 0.015 * share * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        atol = share * float(gradient.abs().max()) + floor
+        torch.testing.assert_close(actual[name], gradient, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")  # noqa: B023

@@ -19,6 +19,7 @@ EXPECTED = {
     "mistral": [WINDOWED, WINDOWED],
     "phi3": [WINDOWED, WINDOWED],
     "qwen2": [WINDOWED, Causal()],
+    "qwen3": [Causal(), Causal()],
     "gemma2": [WINDOWED, Causal()],
     "gemma3": [WINDOWED, Causal()],
     "modernbert": [SlidingWindow(WINDOW // 2), Full()],
@@ -66,6 +67,12 @@ def test_a_mask_of_ones_changes_nothing(name: str, calls: list[dict[str, Any]]) 
     assert all(same(pattern, expected, 19, 19) for pattern, expected in zip(patterns, EXPECTED[name], strict=True))
 
 
+def test_left_padding_before_chunks(calls: list[dict[str, Any]]) -> None:
+    mask = padding([7, 19], 19, "left")
+    patterns = run("llama4", calls, input_ids=tokens(2, 19) * mask, attention_mask=mask)
+    assert not any(map(has_mask, patterns))
+
+
 @pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"llama4"}))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(name: str, side: str, calls: list[dict[str, Any]]) -> None:
@@ -104,6 +111,14 @@ def test_packed_sequences(calls: list[dict[str, Any]]) -> None:
     cu_seqlens = torch.tensor([0, 8, 19], dtype=torch.int32)
     for pattern, within in zip(patterns, EXPECTED["qwen2"], strict=True):
         assert same(pattern, Documents(cu_seqlens, within=within), 19, 19)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma3", "llama4"])
+def test_rows_packed_differently_make_no_mask(name: str, calls: list[dict[str, Any]]) -> None:
+    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(19 - n)]) for n in (8, 11)])
+    patterns = run(name, calls, input_ids=tokens(2, 19), position_ids=positions, use_cache=False)
+    # Chunks count from where a sequence begins, which rectangles do not say.
+    assert [has_mask(pattern) for pattern in patterns] == [name == "llama4", False]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])

@@ -99,15 +99,18 @@ def test_one_query_of_a_left_padded_chunked_batch(lengths: tuple[int, int]) -> N
 
 
 def test_left_padded_chunked_prefill() -> None:
-    """Structured as long as every sequence is inside its first chunk."""
+    """Without chunks as long as every sequence is inside its first one."""
     real = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]]).bool()
-    for size, fits in ((5, True), (4, False)):
+    for size, fits in ((5, True), (4, False), (1, False)):
         function = chunked_causal_mask_function(size, torch.tensor([2, 4]))
         for lengths, offsets in [((7, 7), (0, 0)), ((2, 7), (5, 0)), ((3, 5), (4, 2))]:
-            assert structured(made(function, lengths, offsets, attention_mask=real)) == fits
+            mask = made(function, lengths, offsets, attention_mask=real)
+            assert structured(mask)
+            assert ("Rectangles" in repr(mask)) != fits
     function = chunked_causal_mask_function(5, torch.tensor([2, 4]))
-    assert not structured(made(function, (7, 7), attention_mask=real | True))
-    assert not structured(made(function, (7, 7)))
+    assert structured(made(function, (7, 7), attention_mask=real | True))
+    assert structured(made(function, (7, 7)))
+    assert not structured(made(chunked_causal_mask_function(1, torch.tensor([2, 4])), (300, 300)))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +130,29 @@ def test_packed(inner: MaskFunction) -> None:
     assert mask.has_documents
 
 
-def test_sequences_packed_differently_in_each_row_are_dense() -> None:
-    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(9 - n)]) for n in (4, 6)])
+@pytest.mark.parametrize(
+    ("inner", "known"),
+    [
+        (causal_mask_function, True),
+        (sliding_window_causal_mask_function(3), True),
+        (chunked_causal_mask_function(3, torch.zeros(3, dtype=torch.int64)), False),
+    ],
+)
+def test_sequences_packed_differently_in_each_row(inner: MaskFunction, known: bool) -> None:
+    lengths = [[4, 5, 9], [6, 1, 2, 9], [18]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     ids = masking_utils.find_packed_sequence_indices(positions)
-    mask = made(packed_sequence_compatibility_function(causal_mask_function, positions, ids), (9, 9))
-    assert not structured(mask)
+    function = packed_sequence_compatibility_function(inner, positions, ids)
+    mask = made(function, (18, 18), batch_size=3)
+    assert structured(mask) == known
+    assert mask.has_documents
+    assert structured(made(packed_sequence_mask_function(ids), (18, 18), batch_size=3))
+
+
+def test_more_sequences_than_are_worth_an_atom_each_are_dense() -> None:
+    ids = torch.stack([torch.arange(300), torch.zeros(300, dtype=torch.int64)])
+    assert not structured(made(packed_sequence_mask_function(ids), (300, 300)))
+    assert structured(made(packed_sequence_mask_function(ids // 2), (300, 300)))
 
 
 def test_packed_positions_that_do_not_start_at_0_are_dense() -> None:
@@ -159,9 +180,18 @@ def test_blocks() -> None:
     full = or_masks(causal_mask_function, blockwise_overlay(ids))
     for lengths, offsets in [((10, 10), (0, 0)), ((6, 10), (4, 0)), ((4, 7), (4, 3)), ((1, 10), (9, 0))]:
         assert structured(made(full, lengths, offsets))
-    for ids in ([[0, 0, -1], [-1, 0, 0]], [[0, -1, 0]] * 2):
-        unlike_or_broken = or_masks(causal_mask_function, blockwise_overlay(torch.tensor(ids)))
-        assert not structured(made(unlike_or_broken, (3, 3)))
+    broken = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[0, -1, 0]] * 2)))
+    assert not structured(made(broken, (3, 3)))
+
+
+def test_blocks_elsewhere_in_each_row() -> None:
+    ids = torch.tensor([[0, 0, -1, 1, 1, 1, -1, -1, 2, 2], [-1, -1, 4, 4, 0, 0, -1, -1, -1, -1], [-1] * 10])
+    full = or_masks(causal_mask_function, blockwise_overlay(ids))
+    for function in (full, and_masks(full, sliding_window_overlay(3))):
+        for lengths, offsets in [((10, 10), (0, 0)), ((6, 10), (4, 0)), ((4, 7), (4, 3)), ((1, 10), (9, 0))]:
+            assert structured(made(function, lengths, offsets, batch_size=3))
+    broken = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[0, -1, 0], [-1, 1, 1]])))
+    assert not structured(made(broken, (3, 3)))
 
 
 def test_text_after_the_images_needs_no_blocks() -> None:
@@ -270,5 +300,7 @@ def test_carrier() -> None:
     assert torch.equal(torch.where(mask, 1, 0), dense.long())
     with pytest.raises(TypeError, match="outside transformers' attention interface"):
         torch.zeros(2, 1, 4, 6) + mask
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"heedful\.hf\.patch\(model\) takes some of these over"):
         mask + torch.zeros(2, 1, 4, 6)
+    with pytest.raises(TypeError, match="outside transformers' attention interface"):
+        mask[:, 0, 0, :]

@@ -10,6 +10,10 @@ It takes the place of a mask tensor as well: causality, windows, chunks, padding
 attention call as patterns, made once a forward pass. What is not recognised goes as a `heedful.Mask` and is logged
 once.
 
+Models that compute their attention outside that interface are taken over by `patch`, in place:
+
+    report = heedful.hf.patch(model)  # Longformer, LED, BigBird, BLOOM, MPT, Falcon
+
 `HeedfulCache` is a cache for `generate` that no step copies:
 
     model.generate(**inputs, past_key_values=heedful.hf.HeedfulCache(config=model.config))
@@ -29,8 +33,9 @@ if "q_offset" not in signature(masking_utils.sdpa_mask).parameters:
 from heedful.hf.cache import HeedfulCache
 from heedful.hf.forward import attention_forward
 from heedful.hf.masks import PatternMask, pattern_mask
+from heedful.hf.patches import PatchReport, patch, unpatch
 
-__all__ = ["HeedfulCache", "PatternMask", "attention_forward", "pattern_mask"]
+__all__ = ["HeedfulCache", "PatchReport", "PatternMask", "attention_forward", "patch", "pattern_mask", "unpatch"]
 
 AttentionInterface.register("heedful", attention_forward)
 AttentionMaskInterface.register("heedful", pattern_mask)

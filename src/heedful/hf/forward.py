@@ -54,6 +54,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     output_attentions: bool | None = False,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -74,6 +75,7 @@ def attention_forward(
         softcap: s becomes softcap * tanh(s / softcap).
         s_aux, sinks: (H,), a logit for each head that joins the softmax's denominator.
         position_bias: broadcastable to (B, H, Lq, Lk), added to the scores.
+        alibi_slopes: (H,), as `heedful.attention` takes them.
         output_attentions: whether to return the weights.
         cu_seq_lens_q, cu_seq_lens_k: boundaries of packed sequences, (n + 1,).
 
@@ -123,6 +125,7 @@ def attention_forward(
         value,
         pattern=pattern,
         bias=bias,
+        alibi_slopes=alibi_slopes,
         scale=scaling,
         softcap=softcap,
         sinks=s_aux if s_aux is not None else sinks,

@@ -31,21 +31,43 @@ class PatternMask:
     Attributes:
         pattern: which pairs of this forward pass count.
         has_documents: whether the pattern keeps packed sequences apart.
+        causal: whether no query sees a key behind it.
+        has_holes: whether padding may lie between real tokens.
     """
 
-    __slots__ = ("_packed", "batch", "device", "has_documents", "k_length", "pattern", "q_length")
+    __slots__ = (
+        "_packed",
+        "batch",
+        "causal",
+        "device",
+        "has_documents",
+        "has_holes",
+        "k_length",
+        "pattern",
+        "q_length",
+    )
 
     ndim = 4
     dtype = torch.bool
     requires_grad = False
 
-    def __init__(self, pattern: Pattern, grid: Grid, *, has_documents: bool = False) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        grid: Grid,
+        *,
+        has_documents: bool = False,
+        causal: bool = False,
+        has_holes: bool = False,
+    ) -> None:
         self.pattern = pattern
         self.batch = grid.batch
         self.q_length = grid.q_length
         self.k_length = grid.k_length
         self.device = grid.device
         self.has_documents = has_documents
+        self.causal = causal
+        self.has_holes = has_holes
         self._packed: tuple[Tensor, Pattern] | None = None
 
     @property
@@ -76,8 +98,12 @@ class PatternMask:
         return self.pattern.dense(self.q_length, self.k_length, device=self.device).expand(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
+        found = self.dense()[index]
+        if found.ndim < 3:
+            # Who takes a row of a mask does not hand it to the attention.
+            raise _no_arithmetic("[]")
         _say_dense("this model slices its attention mask")
-        return self.dense()[index]
+        return found
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +124,8 @@ class PatternMask:
 def _no_arithmetic(what: str) -> TypeError:
     return TypeError(
         f'{what}: with attn_implementation="heedful" the attention mask is a pattern, not a tensor to compute with; '
-        "this model computes its attention outside transformers' attention interface"
+        "this model computes its attention outside transformers' attention interface. heedful.hf.patch(model) takes "
+        "some of these over"
     )
 
 
@@ -145,6 +172,7 @@ def pattern_mask(
     grid = Grid(batch_size, q_length, kv_length, q_offset, kv_offset, torch.device(device))
     functions = list(recognise.conjuncts(mask_function))
     has_documents = any(recognise.has_documents(function) for function in functions)
+    causal = any(recognise.is_causal(function) for function in functions)
     padding = None
     if attention_mask is not None:
         if attention_mask.ndim != 2:
@@ -152,14 +180,19 @@ def pattern_mask(
                 f"attention_mask: got shape {tuple(attention_mask.shape)}; takes (batch, length) or a 4-D mask"
             )
         kept = attention_mask.to(grid.device, torch.bool)
-        causal = any(recognise.is_causal(function) for function in functions)
         padding = _padding(kept, grid, causal)
         if causal:
             functions = [function for function in functions if not recognise.is_first_chunk(function, grid, kept)]
     patterns = [recognise.recognise(function, grid) or _dense(function, grid, use_vmap) for function in functions]
     if padding is not None:
         patterns.append(padding)
-    return PatternMask(reduce(and_, patterns), grid, has_documents=has_documents)
+    return PatternMask(
+        reduce(and_, patterns),
+        grid,
+        has_documents=has_documents,
+        causal=causal,
+        has_holes=isinstance(padding, Mask),
+    )
 
 
 def _padding(attention_mask: Tensor, grid: Grid, causal: bool) -> Pattern | None:

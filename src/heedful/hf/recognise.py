@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from heedful.hf.grid import Grid
+from heedful.hf.rectangles import MOST_RECTANGLES, Rectangles, come_back, runs
 from heedful.patterns import Causal, Chunked, Documents, Full, Padding, Pattern, Prefix, SlidingWindow
 from heedful.patterns.base import And, Or
 
@@ -143,7 +144,7 @@ def _chunked(cells: Cells, grid: Grid) -> Pattern | None:
         return None
     starts = padding.tolist()
     if len(set(starts)) > 1:
-        return _one_query_chunk(size, padding, grid)
+        return _one_query_chunk(size, padding, grid) if grid.q_length == 1 else _chunks_by_item(size, padding, grid)
     first = starts[0] if starts else 0
     if (grid.k_offset - first) % size == 0:
         return Chunked(size, offset=grid.offset)
@@ -157,13 +158,40 @@ def _chunked(cells: Cells, grid: Grid) -> Pattern | None:
     return _documents([*q_bounds, grid.q_length], [*k_bounds, grid.k_length], grid)
 
 
-def _one_query_chunk(size: int, padding: Tensor, grid: Grid) -> Pattern | None:
-    """With one query, each batch item's chunk is a range of keys; more queries would need a range for each."""
-    if grid.q_length != 1:
-        return None
+def _one_query_chunk(size: int, padding: Tensor, grid: Grid) -> Pattern:
+    """With one query, each batch item's chunk is a range of keys."""
     start = padding + (grid.q_start - padding).div(size, rounding_mode="floor") * size - grid.k_offset  # type: ignore[operator]
     stop = start + size
     return Padding(*(bound.clamp(0, grid.k_length).to(torch.int32) for bound in (start, stop)))
+
+
+def _chunks_by_item(size: int, padding: Tensor, grid: Grid) -> Pattern | None:
+    """Chunks that begin elsewhere in each batch item."""
+    assert grid.q_start is not None
+    begin = min(grid.q_start, grid.k_offset)
+    end = max(grid.q_start + grid.q_length, grid.k_offset + grid.k_length)
+    first, last = ((place - padding).div(size, rounding_mode="floor") for place in (begin, end - 1))
+    count = int((last - first).max()) + 1
+    if count > MOST_RECTANGLES:
+        return None
+    start = padding[:, None] + (first[:, None] + torch.arange(count, device=padding.device)) * size
+    return _squares(start, start + size, grid)
+
+
+def _runs_as_squares(ids: Tensor, grid: Grid) -> Rectangles | None:
+    """Runs of equal ids (B, L) that see all of themselves, negative ids left out; None if an id has several runs."""
+    start, stop = runs(ids)
+    if start.shape[1] > MOST_RECTANGLES or come_back(ids, start, stop):
+        return None
+    return _squares(start, stop, grid)
+
+
+def _squares(start: Tensor, stop: Tensor, grid: Grid) -> Rectangles:
+    """Positions from start to stop, (B, N), that see all of themselves."""
+    assert grid.q_start is not None
+    queries = [(end - grid.q_start).clamp(0, grid.q_length) for end in (start, stop)]
+    keys = [(end - grid.k_offset).clamp(0, grid.k_length) for end in (start, stop)]
+    return Rectangles(*queries, *keys)
 
 
 def is_first_chunk(function: MaskFunction, grid: Grid, attention_mask: Tensor) -> bool:
@@ -199,14 +227,16 @@ def _packed(functions: Sequence[MaskFunction], grid: Grid) -> Pattern | None:
     """Sequences packed one after the other, each with positions of its own."""
     ids = _cells(functions[0])["packed_sequence_mask"]
     inner, positions = (_cells(functions[1])[name] for name in ("mask_function", "position_ids"))
-    bounds = _sequence_bounds(ids, grid)
-    if bounds is None:
+    new_sequence = _new_sequences(ids, grid)
+    if new_sequence is None:
         return None
-    lengths = torch.tensor(bounds, device=positions.device).diff()
-    if not bool((positions == torch.cat([torch.arange(length) for length in lengths]).to(positions.device)).all()):
+    place = torch.arange(grid.k_length, device=ids.device)
+    if bool((positions != place - torch.where(new_sequence, place, 0).cummax(1).values).any()):
         return None
     within = recognise(inner, grid)
-    return _documents(bounds, None, grid, within) if within is not None and _counts_positions(within) else None
+    if within is None or not _counts_positions(within):
+        return None
+    return _documents_by_item(ids, new_sequence, grid, within)
 
 
 def _counts_positions(pattern: Pattern) -> bool:
@@ -216,22 +246,35 @@ def _counts_positions(pattern: Pattern) -> bool:
     return isinstance(pattern, Full | Causal | SlidingWindow | Chunked)
 
 
+def _counts_distances(pattern: Pattern) -> bool:
+    """Whether a pattern says the same in positions counted from any first query and key alike."""
+    if isinstance(pattern, And | Or):
+        return all(map(_counts_distances, pattern.parts))
+    return isinstance(pattern, Full | Causal | SlidingWindow)
+
+
 def _same_sequence(cells: Cells, grid: Grid) -> Pattern | None:
-    bounds = _sequence_bounds(cells["packed_sequence_mask"], grid)
-    return None if bounds is None else _documents(bounds, None, grid)
+    ids = cells["packed_sequence_mask"]
+    new_sequence = _new_sequences(ids, grid)
+    return None if new_sequence is None else _documents_by_item(ids, new_sequence, grid, Full())
 
 
-def _sequence_bounds(ids: Tensor, grid: Grid) -> list[int] | None:
-    """Where sequences begin and end, if each is one run and all batch items are packed alike."""
+def _new_sequences(ids: Tensor, grid: Grid) -> Tensor | None:
+    """True where a sequence begins, (B, L), if each is one run."""
     if not grid.readable or grid.q_start != 0 or grid.k_offset != 0 or grid.q_length != grid.k_length:
         return None
     if ids.shape[-1] != grid.k_length:
         return None
     step = ids.diff(dim=-1)
-    new_sequence = step != 0
-    if bool((step < 0).any()) or bool((new_sequence != new_sequence[:1]).any()):
-        return None
-    return [0, *(new_sequence[0].nonzero().flatten() + 1).tolist(), grid.k_length]
+    return None if bool((step < 0).any()) else torch.cat([torch.ones_like(ids[:, :1]), step], 1) != 0
+
+
+def _documents_by_item(ids: Tensor, new_sequence: Tensor, grid: Grid, within: Pattern) -> Pattern | None:
+    """Sequences as documents if all batch items are packed alike, otherwise as squares."""
+    if bool((new_sequence == new_sequence[:1]).all()):
+        return _documents([*new_sequence[0].nonzero().flatten().tolist(), grid.k_length], None, grid, within)
+    squares = _runs_as_squares(ids, grid) if _counts_distances(within) else None
+    return None if squares is None else squares & within
 
 
 def _blocks(cells: Cells, grid: Grid) -> Pattern | None:
@@ -243,7 +286,7 @@ def _blocks(cells: Cells, grid: Grid) -> Pattern | None:
     if not bool((queries >= 0).any()):
         return Prefix(0)
     if not torch.equal(ids, ids[:1].expand_as(ids)):
-        return None
+        return _runs_as_squares(ids, grid)
     values, counts = ids[0].unique_consecutive(return_counts=True)
     blocks = values[values >= 0]
     if blocks.unique().numel() != blocks.numel():
