@@ -53,8 +53,8 @@ class Rectangles(Pattern):
             )
         return Schedule.of(atoms, 4 * count)
 
-    def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return torch.cat(self._ends, 1).to(device, torch.int32).T.contiguous().unbind(0)
+    def arrays(self, q_length: int, k_length: int) -> tuple[Tensor, ...]:
+        return torch.cat(self._ends, 1).to(torch.int32).T.contiguous().unbind(0)
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         if self.q_start.shape[0] != batch:
