@@ -17,7 +17,8 @@ constexpr int64_t MAX_ITEM_ROWS = 1008, MIN_ITEM_ROWS = 96;
 constexpr int64_t ITEMS_PER_THREAD = 6;
 // So few rows read keys and values in place, and are split over keys.
 constexpr int64_t DEFAULT_DIRECT_ROWS = 16, MAX_SPLIT_ROWS = 128;
-constexpr int64_t DEFAULT_PREFETCH_BYTES = 16 * 1024;
+// A quarter of the smallest L1 cache.
+constexpr int64_t DEFAULT_PREFETCH_BYTES = 8 * 1024;
 
 ForwardCall checked(const heedful_forward &arguments) {
     ForwardCall call = {};
