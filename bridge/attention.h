@@ -1,8 +1,9 @@
 /* The attention operators, as libtorch's dispatcher calls them.
  *
  * query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), any strides; operands and schedule as
- * src/heedful/patterns/schedule.py writes them; bias 4-D, broadcasting to (B, H, Lq, Lk); alibi_slopes (B or 1, H);
- * sinks (H); seed int64 (1); pages int32 (B, n); query_offset int32 (B or 1): what each means is in heedful.h. */
+ * src/heedful/patterns/schedule.py writes them; bias 4-D, broadcasting to (B, H, Lq, Lk); alibi_slopes (B or 1, H)
+ * or (B or 1, H, Lq); sinks (H); seed int64 (1); pages int32 (B, n); query_offset int32 (B or 1) or (B or 1, Lq): what
+ * each means is in heedful.h. */
 #ifndef HEEDFUL_BRIDGE_ATTENTION_H
 #define HEEDFUL_BRIDGE_ATTENTION_H
 
@@ -24,8 +25,8 @@ constexpr const char *attention_backward_schema =
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "Tensor[] operands, int[] schedule, float scale, Tensor? bias, Tensor? alibi_slopes, float softcap, "
     "float dropout_p, Tensor? seed, Tensor? grad_lse, Tensor? grad_weights, bool bias_gradient, "
-    "bool slopes_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor delta, "
-    "Tensor grad_bias, Tensor grad_slopes)";
+    "bool slopes_gradient, Tensor? query_offset=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor delta, Tensor grad_bias, Tensor grad_slopes)";
 
 /* (B, H, Lq, Lk), contiguous, in query's dtype. */
 constexpr const char *attention_weights_schema =

@@ -18,7 +18,7 @@ void attention_backward(StableIValue *stack, uint64_t, uint64_t) {
     const Tensor grad_out(stack[0]), query(stack[1]), key(stack[2]), value(stack[3]), out(stack[4]), lse(stack[5]);
     const Tensor bias = Tensor::optional(stack[9]), alibi_slopes = Tensor::optional(stack[10]),
                  seed = Tensor::optional(stack[13]), grad_lse = Tensor::optional(stack[14]),
-                 grad_weights = Tensor::optional(stack[15]);
+                 grad_weights = Tensor::optional(stack[15]), query_offset = Tensor::optional(stack[18]);
     Schedule schedule(stack[6], stack[7]);
     const bool bias_gradient = scalar<bool>(stack[16]), slopes_gradient = scalar<bool>(stack[17]);
 
@@ -36,6 +36,7 @@ void attention_backward(StableIValue *stack, uint64_t, uint64_t) {
     arguments.features = {};
     arguments.features.bias = optional_view(bias, "bias");
     arguments.features.alibi_slopes = optional_view(alibi_slopes, "alibi_slopes");
+    arguments.features.query_offset = optional_view(query_offset, "query_offset");
     arguments.features.softcap = scalar<double>(stack[11]);
     set_dropout(arguments.features, scalar<double>(stack[12]), seed);
 

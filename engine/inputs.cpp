@@ -31,16 +31,21 @@ void read_features(const heedful_features &source, int32_t dtype, const Inputs &
     const int64_t pairs[] = {inputs.batch, inputs.heads, inputs.q_length, inputs.k_length};
     features = {};
     features.bias = read_extra("bias", source.bias, 4, pairs, dtype);
-    features.slopes = read_extra("alibi_slopes", source.alibi_slopes, 2, pairs, dtype);
+    features.slopes =
+        read_extra("alibi_slopes", source.alibi_slopes, source.alibi_slopes.ndim == 3 ? 3 : 2, pairs, dtype);
     features.sinks = read_extra("sinks", source.sinks, 1, pairs + 1, dtype);
     if (source.query_offset.data) {
         const heedful_tensor &offset = source.query_offset;
-        REQUIRE(offset.ndim == 1 && offset.dtype == HEEDFUL_INT32, "query_offset: takes one dimension of int32");
-        REQUIRE(offset.size[0] == 1 || offset.size[0] == inputs.batch,
-                "query_offset: has " + std::to_string(offset.size[0]) + " values, takes 1 or " +
-                    std::to_string(inputs.batch));
+        REQUIRE((offset.ndim == 1 || offset.ndim == 2) && offset.dtype == HEEDFUL_INT32,
+                "query_offset: takes one dimension of int32, or two");
+        for (int axis = 0; axis < offset.ndim; ++axis) {
+            const int64_t takes = axis == 0 ? inputs.batch : inputs.q_length;
+            REQUIRE(offset.size[axis] == 1 || offset.size[axis] == takes,
+                    "query_offset: has " + std::to_string(offset.size[axis]) + " values, takes 1 or " +
+                        std::to_string(takes));
+            features.offset_stride[axis] = offset.size[axis] == 1 ? 0 : offset.stride[axis];
+        }
         features.offset = static_cast<const int32_t *>(offset.data);
-        features.offset_stride = offset.size[0] == 1 ? 0 : offset.stride[0];
     }
     REQUIRE(std::isfinite(source.softcap) && source.softcap >= 0, "softcap: takes a finite number from 0 on");
     REQUIRE(source.dropout_p >= 0 && source.dropout_p < 1, "dropout_p: takes a probability in [0, 1)");

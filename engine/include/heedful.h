@@ -1,8 +1,16 @@
-/* heedful: exact attention on a CPU, as a plain C interface.
+/* heedful: exact attention on a CPU, as a plain C interface, from C99 and C++ on.
+ *
+ * Link with libheedful_engine: `pkg-config --cflags --libs heedful`, or heedful::engine of CMake's
+ * find_package(heedful). It needs nothing but the C++ runtime.
  *
  * No function throws, none keeps a pointer past its return, and every one may be called from several
  * threads at once. Functions that can fail return a heedful_status; heedful_error_message() then says,
- * for the calling thread, which argument was wrong, what it held and what it takes.
+ * for the calling thread, which argument was wrong, what it held and what it takes. Structures begin as
+ * zeros, which mean that there is nothing; then the fields that a call needs are filled in.
+ *
+ * HEEDFUL_ABI_VERSION is that of the structures and of what their fields mean. A program runs with any
+ * library whose heedful_abi_version() is the one that it was compiled with; functions, and values that a
+ * field may have, are added without changing it.
  */
 #ifndef HEEDFUL_H
 #define HEEDFUL_H
@@ -43,15 +51,40 @@ typedef struct heedful_tensor {
     int64_t stride[4];
 } heedful_tensor;
 
-/* Which (query, key) pairs count: the encoded union of atoms that src/heedful/patterns/schedule.py
- * documents and writes, with the tensors its slots refer to (INT32 offsets, lengths and cu_seqlens,
- * BOOL block maps and masks). An empty code (code_length 0) means every pair. */
+/* Which (query, key) pairs count: a code, and the tensors that it refers to by their number among the
+ * operands. It does not depend on lengths. An empty code (code_length 0) means every pair; a pair counts where
+ * some atom holds, and an atom where all of its terms do:
+ *
+ * code: the number of atoms; then for each the number of its terms, then these, each
+ *   0, axis, side, bound   the query i (axis 0), the key j (1) or the diagonal j - i (2) is at least (side 0) or at
+ *                          most (1) the bound
+ *   1, step, bound         step divides j - i - bound
+ *   2, size, bound         floor((i + bound) / size) == floor(j / size)
+ *   3, n                   i and j lie in the same of the documents whose ends are operands n (of queries) and n + 1
+ *                          (of keys), both INT32 (documents + 1), from 0 on
+ *   4, size, n             operand n, BOOL (B or 1, H or 1, blocks, blocks), holds at [b][h][i / size][j / size]
+ *   5, n                   operand n, BOOL (B or 1, H or 1, Lq or 1, Lk or 1), holds at [b][h][i][j]
+ * bound: const, symbol, sign, frame, the number const + sign * S, where S is 0 for symbol -1, Lk - Lq for -2, and for
+ *   n >= 0 the batch item's number in operand n, INT32 (B or 1); sign is 1 or -1. Frame is -1, or the n of a document
+ *   term of the same atom: i, j, Lq and Lk are then counted inside the document. */
 typedef struct heedful_schedule {
     const int64_t *code;
     int64_t code_length;
     const heedful_tensor *operands;
     int64_t operand_count;
 } heedful_schedule;
+
+/* Codes, as in: const int64_t code[] = HEEDFUL_CAUSAL; the last query meets the last key.
+ * CAUSAL            a query sees its own position and those before it
+ * WINDOW            from `left` positions before its own to `right` after it, both inclusive
+ * LENGTHS           the first keys of its batch item, as many as operand 0 says, INT32 (B)
+ * DOCUMENTS         its own document, between the ends that are operands 0 and 1
+ * CAUSAL_DOCUMENTS  there, its own position and those before it, the last query at the last key */
+#define HEEDFUL_CAUSAL {1, 1, 0, 2, 1, 0, -2, 1, -1}
+#define HEEDFUL_WINDOW(left, right) {1, 2, 0, 2, 0, -(left), -2, 1, -1, 0, 2, 1, (right), -2, 1, -1}
+#define HEEDFUL_LENGTHS {1, 1, 0, 1, 1, -1, 0, 1, -1}
+#define HEEDFUL_DOCUMENTS {1, 1, 3, 0}
+#define HEEDFUL_CAUSAL_DOCUMENTS {1, 2, 0, 2, 1, 0, -2, 1, 0, 3, 0}
 
 /* How the engine runs in parallel: it calls run(pool, count, body, argument), which must call
  * body(argument, index) once for every index in [0, count), on any threads, and return when all are
@@ -67,8 +100,9 @@ typedef struct heedful_threads {
  *
  * softcap       > 0: s = softcap * tanh(s / softcap)
  * bias          (B, H, Lq, Lk), each size may be 1, query's dtype or FLOAT32: added; -inf excludes the pair
- * alibi_slopes  (B or 1, H), query's dtype or FLOAT32: -slope * |i + offset - j| is added, where
- * query_offset  (B or 1), INT32, is the offset; Lk - Lq where it is left out
+ * alibi_slopes  (B or 1, H), or (B or 1, H, Lq or 1) for a slope per query, query's dtype or FLOAT32:
+ *               -slope * |i + offset - j| is added, where
+ * query_offset  (B or 1), or (B or 1, Lq or 1) for one per query, INT32, is the offset; Lk - Lq where it is left out
  * sinks         (H), query's dtype or FLOAT32: a score that joins each row's denominator and lse
  * dropout_p     each weight is zeroed with this probability, the others grow by 1 / (1 - dropout_p); weight
  *               (b, h, i, j) takes word (j / 16) % 4 of Philox4x32-10 with the seed as key and the counter

@@ -131,7 +131,6 @@ template <class A> struct Rules {
         const Features &f = call.features;
         rows = count;
         int64_t q = first_row / call.group, member = first_row % call.group;
-        const int64_t offset = f.offset ? f.offset[batch_index * f.offset_stride] : call.position;
         for (int r = 0; r < MAX_TILE_ROWS + PANEL; ++r, ++member) {
             if (member == call.group) {
                 member = 0;
@@ -145,11 +144,14 @@ template <class A> struct Rules {
                 bias[r] = f.bias.data +
                           element_bytes(f.bias.dtype) * (batch_index * f.bias.stride[0] + head[r] * f.bias.stride[1] +
                                                          query[r] * f.bias.stride[2]);
-            if (f.slopes.data)
-                slope[r] = from == r ? number<T>(f.slopes.data, f.slopes.dtype,
-                                                 batch_index * f.slopes.stride[0] + head[r] * f.slopes.stride[1])
-                                     : slope[0];
-            position[r] = T(call.q_origin + call.step * query[r] + offset);
+            if (!f.slopes.data) continue;
+            const int64_t place = call.q_origin + call.step * query[r]; // as the caller counts
+            slope[r] = from == r ? number<T>(f.slopes.data, f.slopes.dtype,
+                                             batch_index * f.slopes.stride[0] + head[r] * f.slopes.stride[1] +
+                                                 place * f.slopes.stride[2])
+                                 : slope[0];
+            position[r] = T(place + (f.offset ? f.offset[batch_index * f.offset_stride[0] + place * f.offset_stride[1]]
+                                              : call.position));
         }
     }
 

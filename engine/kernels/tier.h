@@ -19,8 +19,8 @@ struct Extra {
 // What happens to the scores beside scaling, as heedful_features says.
 struct Features {
     Extra bias, slopes, sinks;
-    const int32_t *offset; // of the queries among the keys, for ALiBi
-    int64_t offset_stride;
+    const int32_t *offset;      // of the queries among the keys, for ALiBi
+    int64_t offset_stride[2];   // by batch item and by query
     double softcap, kept_share; // kept_share: 1 - dropout_p
     uint32_t threshold;         // a weight is dropped where its random word is below
     uint64_t seed;

@@ -72,6 +72,17 @@ bool check_forward() {
         {"bias", [&](heedful_forward &f) { (f.features.bias = e.bias.seen()).dtype = HEEDFUL_FLOAT16; }},
         {"bias", [&](heedful_forward &f) { (f.features.bias = e.bias.seen()).ndim = 2; }},
         {"alibi_slopes", [&](heedful_forward &f) { (f.features.alibi_slopes = e.slopes.seen()).size[1] = 3; }},
+        {"alibi_slopes",
+         [&](heedful_forward &f) {
+             (f.features.alibi_slopes = e.slopes.seen()).ndim = 3;
+             f.features.alibi_slopes.size[2] = f.query.size[2] + 1;
+         }},
+        {"query_offset",
+         [&](heedful_forward &f) {
+             f.features.alibi_slopes = e.slopes.seen();
+             (f.features.query_offset = e.offset.seen()).ndim = 2;
+             f.features.query_offset.size[1] = f.query.size[2] + 1;
+         }},
         {"query_offset",
          [&](heedful_forward &f) {
              f.features.alibi_slopes = e.slopes.seen();

@@ -308,7 +308,7 @@ struct Row {
                 slope[j] = 1 - capped * capped;
                 dot = p.softcap * capped;
             }
-            const double distance = p.slopes.given() ? p.slopes.get(b, h) * away(p, b, i, k) : 0;
+            const double distance = p.slopes.given() ? p.slopes.get(b, h, i) * away(p, b, i, k) : 0;
             counts[j] = true;
             score[j] = dot + added - distance;
             if (p.dropout_p > 0) keep[j] = kept(p.seed, p.dropout_p, b, h, i, k) ? 1 / (1 - p.dropout_p) : 0;
@@ -327,7 +327,7 @@ struct Row {
     }
 
     static double away(const Problem &p, int64_t b, int64_t i, int64_t j) {
-        const double offset = p.query_offset.given() ? p.query_offset.get(b) : double(p.k_length - p.q_length);
+        const double offset = p.query_offset.given() ? p.query_offset.get(b, i) : double(p.k_length - p.q_length);
         return std::fabs(double(i) + offset - double(j));
     }
 };

@@ -17,6 +17,8 @@ _HOME = {
     "list_backends": "api",
     "clear_caches": "api",
     "convert": "conversion",
+    "get_include": "locations",
+    "get_library_dir": "locations",
     "Attention": "problem",
     "Explanation": "explanation",
     "UnsupportedError": "errors",
@@ -37,10 +39,9 @@ _HOME = {
     "Padding": "patterns",
     "Mask": "patterns",
 }
-_SUBPACKAGES = ("nn",)
 
 # Found as attributes without an import of their own.
-_SUBPACKAGES = ("numpy",)
+_SUBPACKAGES = ("flash_attn", "nn", "numpy")
 
 __all__ = [
     "Attention",
@@ -66,6 +67,8 @@ __all__ = [
     "clear_caches",
     "convert",
     "explain",
+    "get_include",
+    "get_library_dir",
     "list_backends",
     "set_num_threads",
 ]
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from heedful.errors import UnsupportedError
     from heedful.explanation import Explanation
     from heedful.kv_cache import KVCache
+    from heedful.locations import get_include, get_library_dir
     from heedful.numpy import set_num_threads
     from heedful.patterns import (
         BigBird,

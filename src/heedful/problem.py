@@ -94,7 +94,8 @@ class Call:
     `blhd` asks for an output whose memory order is (B, L, H, Dv).
     `pages` is int32 (B, n) or None: key and value are then pools (blocks, Hkv, P, D or Dv), k_length is n · P, and key
     j of batch item b is row j mod P of block pages[b, ⌊j / P⌋]. Entries that no pair reaches may hold anything.
-    `query_offset` is int32 (B,), the position of each batch item's first query for ALiBi; None is Lk - Lq.
+    `query_offset` is int32, for ALiBi: (B or 1,), the position of each batch item's first query, or (B or 1, Lq), each
+    query's position less its index; None is Lk - Lq.
     """
 
     problem: Problem

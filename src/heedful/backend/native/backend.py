@@ -59,7 +59,7 @@ class NativeBackend(Backend):
         if "gradient" in problem.features:
             transformed = torch._C._are_functorch_transforms_active()
             function = TransformedAttention if transformed else EngineAttention
-            return _attend_differentiably(function.apply, settings, *tensors)
+            return _attend_differentiably(function.apply, settings, *tensors, query_offset=call.query_offset)
         return _attend(settings, *tensors, call.pages, call.query_offset)
 
     def shortcut(self, call: Call) -> Shortcut | None:
@@ -148,16 +148,21 @@ def _attend_differentiably(
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    query_offset: Tensor | None = None,
 ) -> Attention:
-    found = apply(query, key, value, bias, _slopes(alibi_slopes), sinks, _seed(settings, query), settings, *operands)
+    found = apply(
+        query, key, value, bias, _slopes(alibi_slopes), sinks, _seed(settings, query), query_offset, settings, *operands
+    )
     if isinstance(found, Tensor):
         return Attention(found, None, None)
     return _result(settings, key, *found)
 
 
 def _slopes(alibi_slopes: Tensor | None) -> Tensor | None:
-    """(B or 1, H), as the operators take them."""
-    return None if alibi_slopes is None else alibi_slopes[:, :, 0, 0]
+    """(B or 1, H) or (B or 1, H, Lq), as the operators take them."""
+    if alibi_slopes is None:
+        return None
+    return alibi_slopes[:, :, 0, 0] if alibi_slopes.shape[2] == 1 else alibi_slopes[..., 0]
 
 
 def _seed(settings: Settings, query: Tensor) -> Tensor | None:

@@ -57,6 +57,7 @@ def _backward(
     grad_weights: Tensor | None,
     bias_gradient: bool,
     slopes_gradient: bool,
+    query_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _statistics(query)
     rows = query.shape[:3]

@@ -27,7 +27,8 @@ class Settings(NamedTuple):
 
 
 class EngineAttention(torch.autograd.Function):
-    """Of query, key, value, bias, alibi_slopes, sinks and seed as the operators take them, settings, and operands.
+    """Of query, key, value, bias, alibi_slopes, sinks, seed and query_offset as the operators take them, settings, and
+    operands.
 
     Gives out alone, or out and lse, and behind them the weights that were asked for, as `compute_weights` gives them.
     First derivatives only, of the six tensors through all outputs. What is kept for them is O(L) beside inputs and
@@ -38,7 +39,7 @@ class EngineAttention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         found = _forward(*inputs)
         _keep(ctx, inputs, found)
-        return found if inputs[7].lse or inputs[7].weights else found[0]
+        return found if inputs[8].lse or inputs[8].weights else found[0]
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> _Gradients:
@@ -121,13 +122,14 @@ def _forward(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
+    query_offset: Tensor | None,
     settings: Settings,
     *operands: Tensor,
 ) -> tuple[Tensor, ...]:
-    out, lse = attend(settings, query, key, value, operands, bias, alibi_slopes, sinks, seed)
+    out, lse = attend(settings, query, key, value, operands, bias, alibi_slopes, sinks, seed, None, query_offset)
     if settings.weights is None:
         return out, lse
-    return out, lse, *compute_weights(settings, query, key, lse, operands, bias, alibi_slopes, seed)
+    return out, lse, *compute_weights(settings, query, key, lse, operands, bias, alibi_slopes, seed, query_offset)
 
 
 def attend(
@@ -166,9 +168,9 @@ def attend(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.settings = inputs[7]
-    ctx.save_for_backward(*inputs[:7], *output, *inputs[8:])
-    if inputs[7].weights == "sparse":
+    ctx.settings = inputs[8]
+    ctx.save_for_backward(*inputs[:8], *output, *inputs[9:])
+    if inputs[8].weights == "sparse":
         ctx.mark_non_differentiable(output[3])
 
 
@@ -201,7 +203,7 @@ def _backward(
     grad_weights: Tensor | None = None,
     _grad_indices: Tensor | None = None,
 ) -> _Gradients:
-    query, key, value, bias, alibi_slopes, sinks, seed, out, lse, *rest = ctx.saved_tensors
+    query, key, value, bias, alibi_slopes, sinks, seed, query_offset, out, lse, *rest = ctx.saved_tensors
     _, scale, softcap, dropout_p, _, kind, _, parts = ctx.settings
     operands = rest if kind is None else rest[1:] if kind == "dense" else rest[2:]
     none = (None,) * (1 + len(operands))
@@ -212,7 +214,7 @@ def _backward(
             row_sums, grad_weights = _densify(rest[0], rest[1], grad_weights, lse, key.shape[2])
         grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
     elif grad_out is None and grad_lse is None:
-        return (*(None,) * 7, *none)
+        return (*(None,) * 8, *none)
     if grad_out is None:
         grad_out = out.new_zeros(()).expand_as(out)
     grad_out = _in_rows(grad_out)
@@ -222,7 +224,7 @@ def _backward(
     found = [
         torch.ops.heedful.attention_backward.default(
             grad_out, query, key, value, out, lse, operands, part, scale, bias, alibi_slopes, softcap, dropout_p, seed,
-            grad_lse, grad_weights, needs_bias, needs_slopes,
+            grad_lse, grad_weights, needs_bias, needs_slopes, query_offset,
         )
         for part in parts
     ]  # fmt: skip
@@ -235,8 +237,9 @@ def _backward(
         grad_key,
         grad_value,
         _bias_gradient(grad_bias, bias) if needs_bias else None,
-        _sum_last(grad_slopes).sum_to_size(alibi_slopes.shape).to(alibi_slopes.dtype) if needs_slopes else None,
+        _slopes_gradient(grad_slopes, alibi_slopes) if needs_slopes else None,
         _sinks_gradient(sinks, lse, delta) if needs_sinks else None,
+        None,
         None,
         *none,
     )
@@ -251,6 +254,11 @@ def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     # A row whose sink is -inf and that has no key: -inf - -inf.
     share = (sinks.to(lse.dtype)[:, None] - lse).where(lse != -torch.inf, -torch.inf).exp()
     return -_sum_last(share * delta).sum(0).to(sinks.dtype)
+
+
+def _slopes_gradient(grad_slopes: Tensor, alibi_slopes: Tensor) -> Tensor:
+    per_slope = _sum_last(grad_slopes) if alibi_slopes.ndim == 2 else grad_slopes
+    return per_slope.sum_to_size(alibi_slopes.shape).to(alibi_slopes.dtype)
 
 
 def _bias_gradient(grad_bias: Tensor, bias: Tensor) -> Tensor:

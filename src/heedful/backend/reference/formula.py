@@ -23,8 +23,8 @@ def attend(
     """Output (B, H, Lq, Dv), log-sum-exp (B, H, Lq) and weights (B, H, Lq, Lk), all fp64.
 
     query is (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv); mask, bias and alibi_slopes broadcast to
-    (B, H, Lq, Lk); query_offset is (B or 1,), None for Lk - Lq; sinks is (H,); kept is what dropout multiplies the
-    weights by.
+    (B, H, Lq, Lk); query_offset is (B or 1,) or (B or 1, Lq), None for Lk - Lq; sinks is (H,); kept is what dropout
+    multiplies the weights by.
     """
     heads, q_length = query.shape[1:3]
     kv_heads, k_length = key.shape[1:3]
@@ -42,7 +42,7 @@ def attend(
     if bias is not None:
         scores = scores + bias.double()
     if alibi_slopes is not None:
-        offset = k_length - q_length if query_offset is None else query_offset.view(-1, 1, 1, 1)
+        offset = k_length - q_length if query_offset is None else query_offset.reshape(len(query_offset), 1, -1, 1)
         position = torch.arange(q_length, device=query.device)[:, None] + offset
         distance = (position - torch.arange(k_length, device=query.device)).abs()
         scores = scores - alibi_slopes.double() * distance

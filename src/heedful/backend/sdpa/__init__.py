@@ -194,8 +194,8 @@ def _bias(call: Call) -> Tensor | None:
     dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     bias = None if call.bias is None else call.bias.to(dtype)
     if call.alibi_slopes is not None:
-        q_length, k_length = call.problem.q_length, call.problem.k_length
-        offset = k_length - q_length if call.query_offset is None else call.query_offset.view(-1, 1, 1, 1)
+        q_length, k_length, given = call.problem.q_length, call.problem.k_length, call.query_offset
+        offset = k_length - q_length if given is None else given.reshape(len(given), 1, -1, 1)
         position = torch.arange(q_length, device=call.query.device)[:, None] + offset
         distance = (position - torch.arange(k_length, device=call.query.device)).abs()
         alibi = -call.alibi_slopes.to(dtype) * distance

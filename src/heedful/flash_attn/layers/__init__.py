@@ -1,0 +1,1 @@
+"""What model code imports from `flash_attn.layers`."""
