@@ -181,14 +181,15 @@ inline void add_features(Source &source, Problem &p) {
         });
     }
     if (source.once_in(3)) {
-        const int64_t items = source.once_in(2) ? 1 : p.batch;
+        const int64_t items = source.once_in(2) ? 1 : p.batch, length = p.q_length, gap = source.pick(1, 2);
         const bool per_query = source.once_in(3);
-        p.slopes = per_query ? strided(source, type(), {items, p.heads, p.q_length}) : Tensor(type(), {items, p.heads});
+        p.slopes = per_query ? Tensor(type(), {items, p.heads, length}, {gap * p.heads * length, gap * length, gap})
+                             : Tensor(type(), {items, p.heads});
         p.slopes.each(
             [&](int64_t b, int64_t h, int64_t i, int64_t) { p.slopes.set(1.0 / double(source.pick(1, 64)), b, h, i); });
         if (source.once_in(3)) {
-            p.query_offset =
-                per_query ? strided(source, HEEDFUL_INT32, {items, p.q_length}) : Tensor(HEEDFUL_INT32, {items});
+            p.query_offset = per_query ? Tensor(HEEDFUL_INT32, {items, length}, {gap * length, gap})
+                                       : Tensor(HEEDFUL_INT32, {items});
             p.query_offset.each([&](int64_t b, int64_t i, int64_t, int64_t) {
                 p.query_offset.set(double(source.pick(-20, 60)), b, i);
             });
