@@ -34,6 +34,9 @@ _HOME = {
     "Documents": "patterns",
     "Padding": "patterns",
     "Mask": "patterns",
+    "scaled_dot_product_attention": "sdpa",
+    "activate": "sdpa",
+    "deactivate": "sdpa",
 }
 
 __all__ = [
@@ -56,10 +59,13 @@ __all__ = [
     "SlidingWindow",
     "UnsupportedError",
     "__version__",
+    "activate",
     "attention",
     "clear_caches",
+    "deactivate",
     "explain",
     "list_backends",
+    "scaled_dot_product_attention",
 ]
 
 if TYPE_CHECKING:
@@ -84,6 +90,7 @@ if TYPE_CHECKING:
         SlidingWindow,
     )
     from heedful.problem import Attention
+    from heedful.sdpa import activate, deactivate, scaled_dot_product_attention
 
 
 def __getattr__(name: str) -> object:

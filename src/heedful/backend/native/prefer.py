@@ -47,16 +47,31 @@ def native_is_faster(problem: Problem) -> bool:
     """
     if lower(problem).dense:
         return True
+    return engine_pays(
+        problem.dtype,
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.q_length,
+        problem.k_length,
+        problem.head_dim,
+    )
+
+
+def engine_pays(
+    dtype: torch.dtype, batch: int, heads: int, kv_heads: int, q_length: int, k_length: int, head_dim: int
+) -> bool:
+    """Whether the engine is the faster one where SDPA has a kernel too and nothing has to be made for it."""
     table = load_table()
     if table is None:
         # Without fused multiply-adds the engine reaches a third of what PyTorch's own libraries do.
         return False
-    if known(problem.pairs < table["few_pairs"][_DTYPES[problem.dtype]]):
+    if known(batch * heads * q_length * k_length < table["few_pairs"][_DTYPES[dtype]]):
         return False
-    if problem.dtype.itemsize < 4 or problem.heads != problem.kv_heads:
+    if dtype.itemsize < 4 or heads != kv_heads:
         return True
-    key_bytes = problem.batch * problem.kv_heads * problem.k_length * problem.head_dim * 2 * problem.dtype.itemsize
-    return not (known(problem.q_length <= table["few_queries"]) and known(key_bytes <= table["cached_bytes"]))
+    key_bytes = batch * kv_heads * k_length * head_dim * 2 * dtype.itemsize
+    return not (known(q_length <= table["few_queries"]) and known(key_bytes <= table["cached_bytes"]))
 
 
 def load_table() -> dict[str, Any] | None:
