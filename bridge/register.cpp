@@ -1,5 +1,7 @@
 /* Registers the operators with torch when the library is loaded. */
 #include "attention.h"
+#include "hook.h"
+#include "masks.h"
 
 namespace heedful {
 namespace {
@@ -20,7 +22,13 @@ bool register_operators() {
            add(definitions, cpu, "attention_forward", attention_forward_schema, attention_forward) &&
            add(definitions, cpu, "attention_backward", attention_backward_schema, attention_backward) &&
            add(definitions, cpu, "attention_weights", attention_weights_schema, attention_weights) &&
-           add(definitions, cpu, "attention_weights_sparse", attention_weights_sparse_schema, attention_weights_sparse);
+           add(definitions, cpu, "attention_weights_sparse", attention_weights_sparse_schema,
+               attention_weights_sparse) &&
+           add(definitions, cpu, "mask_band", mask_band_schema, mask_band) &&
+           add(definitions, cpu, "mask_tiles", mask_tiles_schema, mask_tiles) &&
+           add(definitions, cpu, "sdpa_hook", sdpa_hook_schema, sdpa_hook) &&
+           add(definitions, cpu, "sdpa_bypass", sdpa_bypass_schema, sdpa_bypass) &&
+           add(definitions, cpu, "sdpa_calls", sdpa_calls_schema, sdpa_calls);
 }
 
 [[maybe_unused]] const bool registered = register_operators();

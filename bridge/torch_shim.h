@@ -33,6 +33,9 @@ AOTITorchError aoti_torch_library_init_impl(const char *ns, const char *key, con
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle library, const char *schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle library, const char *name,
                                   void (*kernel)(StableIValue *, uint64_t, uint64_t), uint64_t build_version);
+AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle library);
+AOTITorchError torch_call_dispatcher(const char *name, const char *overload, StableIValue *stack,
+                                     uint64_t build_version);
 
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
@@ -43,6 +46,7 @@ int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();
 
+AOTITorchError aoti_torch_is_defined(AtenTensorHandle tensor, bool *result);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t *result);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t *result);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t *result);
@@ -52,6 +56,7 @@ AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void **bo
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void **borrowed);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, AtenTensorHandle *result);
+AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle *result);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 
 AOTITorchError torch_list_size(StableListHandle list, size_t *result);

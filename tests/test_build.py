@@ -44,6 +44,19 @@ def test_hand_declarations_agree_with_torch(tmp_path):
 
 @needs_source
 @needs_compiler
+def test_declarations_of_torchs_kernels_agree_with_torch(tmp_path):
+    generated = "torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h"
+    source = tmp_path / "kernels.cpp"
+    source.write_text(f'#include <{generated}>\n#include <torch/csrc/stable/c/shim.h>\n#include "torch_flash.h"\n')
+    result = compile_against_torch(source)
+    assert result.returncode == 0, result.stderr
+    declared = set(re.findall(r"\baoti_torch_cpu_\w+(?=\()", (SHIM.parent / "torch_flash.h").read_text()))
+    assert len(declared) == 2
+    assert declared <= set(re.findall(r"\w+", (Path(torch.__file__).parent / "include" / generated).read_text()))
+
+
+@needs_source
+@needs_compiler
 def test_a_drifted_declaration_is_noticed(tmp_path):
     drifted = SHIM.read_text().replace(
         "aoti_torch_get_dim(AtenTensorHandle tensor, int64_t *", "aoti_torch_get_dim(AtenTensorHandle tensor, int32_t *"

@@ -167,6 +167,36 @@ typedef struct heedful_weights {
 
 HEEDFUL_API heedful_status heedful_attention_weights(const heedful_weights *arguments, const heedful_threads *threads);
 
+/* A dense mask, read once. mask (B, H, Lq, Lk), keys side by side; B, H and Lq may be 1, and count as 1 where their
+ * stride is 0. BOOL: 1 where the pair counts. A float type: a bias of which 0 counts and -inf excludes, and so does a
+ * finite number of at most -1e30 in a row that has a 0.
+ *
+ * heedful_mask_band: kind 1 where a pair counts exactly if low <= j - i <= high; 2 where it counts exactly if also
+ * start[b] <= j < stop[b], written for each item of the mask into the caller's memory; otherwise 0. An end without a
+ * limit is -Lq or Lk. */
+typedef struct heedful_band {
+    int64_t low, high;
+    int32_t *start, *stop;
+    int32_t kind;
+} heedful_band;
+
+HEEDFUL_API heedful_status heedful_mask_band(const heedful_tensor *mask, int64_t q_length, int64_t k_length,
+                                             heedful_band *band, const heedful_threads *threads);
+
+/* heedful_mask_tiles: 1 in full where all pairs of a tile count, 1 in partial where some but not all do, both the
+ * caller's, contiguous (B, H, ceil(Lq / tile), ceil(Lk / tile)); in pairs, unless it is NULL, (B, H, Lq, Lk), 1 where a
+ * pair counts. kind is 1, or 0 and the rest undefined: where a float mask holds other numbers than those above, or
+ * where most tiles of a sample are partial, so that knowing them helps nobody. */
+typedef struct heedful_mask_tiling {
+    int64_t tile;
+    uint8_t *full, *partial, *pairs;
+    int64_t full_count, partial_count;
+    int32_t kind;
+} heedful_mask_tiling;
+
+HEEDFUL_API heedful_status heedful_mask_tiles(const heedful_tensor *mask, int64_t q_length, int64_t k_length,
+                                              heedful_mask_tiling *tiling, const heedful_threads *threads);
+
 /* The schedule expanded for one batch item and head, as the kernels expand it.
  * mask: q_length * k_length bytes, 1 where the pair counts.
  * tiles: ceil(q_length / tile_q) * ceil(k_length / tile_k) bytes: 0 empty, 1 partial, 2 full. */

@@ -134,7 +134,9 @@ template <class A> struct Backward {
             }
             static_cast<T *>(call.delta)[at] = sum;
             delta[row] = sum;
-            lse[row] = empty ? T(__builtin_inff()) : own * T(LOG2_E);
+            // Nor has a row under an enormous bias weights that its log-sum-exp could give back.
+            const bool lost = own < Rules<A>::LOWEST_BIAS / 2;
+            lse[row] = empty || lost ? T(__builtin_inff()) : own * T(LOG2_E);
         }
     }
 

@@ -106,6 +106,9 @@ template <class A> struct Rules {
     typedef Real<T> R;
     typedef typename R::V V;
     static constexpr int LANES = R::LANES, UNIT = 2 * LANES;
+    // A row of nothing but a bias such as the type's lowest number weighs its keys alike. Below this one the product
+    // with log2(e) is off by so much that all of the row's weights would be 0 or infinite.
+    static constexpr T LOWEST_BIAS = sizeof(T) == 4 ? -T(1 << 30) : -T(int64_t(1) << 60);
 
     const Inputs &call;
     const bool active, drops; // scores are changed; weights are dropped
@@ -195,7 +198,8 @@ template <class A> struct Rules {
             if (f.bias.data) {
                 V line[2];
                 load_bias(r, key, line);
-                for (int half = 0; half < 2; ++half) x[half] += line[half];
+                const V lowest = R::set1(LOWEST_BIAS);
+                for (int half = 0; half < 2; ++half) x[half] += line[half] < lowest ? lowest : line[half];
             }
             if (f.slopes.data) {
                 for (int half = 0; half < 2; ++half) {

@@ -93,7 +93,7 @@ inline void encode(int32_t dtype, void *p, double x) {
             half = uint16_t(x != x ? 0x7e00 : 0x7c00);
         } else {
             std::frexp(magnitude, &exponent);
-            exponent = std::max(exponent, -13);
+            exponent = magnitude == 0 ? -13 : std::max(exponent, -13);
             // A fraction that rounds up to the next power of two carries into the exponent by itself.
             half = uint16_t(((exponent + 13) << 10) + int(std::nearbyint(std::ldexp(magnitude, 11 - exponent))));
         }

@@ -38,6 +38,9 @@ _HOME = {
     "Documents": "patterns",
     "Padding": "patterns",
     "Mask": "patterns",
+    "scaled_dot_product_attention": "sdpa",
+    "activate": "sdpa",
+    "deactivate": "sdpa",
 }
 
 # Found as attributes without an import of their own.
@@ -63,13 +66,16 @@ __all__ = [
     "SlidingWindow",
     "UnsupportedError",
     "__version__",
+    "activate",
     "attention",
     "clear_caches",
     "convert",
+    "deactivate",
     "explain",
     "get_include",
     "get_library_dir",
     "list_backends",
+    "scaled_dot_product_attention",
     "set_num_threads",
 ]
 
@@ -99,6 +105,7 @@ if TYPE_CHECKING:
         SlidingWindow,
     )
     from heedful.problem import Attention
+    from heedful.sdpa import activate, deactivate, scaled_dot_product_attention
 
 
 def __getattr__(name: str) -> object:

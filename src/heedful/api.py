@@ -38,6 +38,8 @@ _is_grad_enabled = torch.is_grad_enabled
 # What to run for calls like one seen before; emptied when full, since a decoding loop never stops adding lengths.
 _shortcuts: dict[Hashable, Callable[..., Tensor | Attention]] = {}
 _MAX_SHORTCUTS = 4096
+# What doors remember of earlier calls: functions that forget it.
+forgetters: list[Callable[[], object]] = []
 
 
 @overload
@@ -297,6 +299,8 @@ def clear_caches() -> None:
     """Forget what was chosen for earlier calls, and free the memory that backends keep between calls."""
     _shortcuts.clear()
     cached.shortcuts.clear()
+    for forget in forgetters:
+        forget()
     kept_masks.cache_clear()
     if FASTEST not in UNAVAILABLE:
         library.clear_caches()

@@ -11,6 +11,7 @@ from heedful import __version__
 from .benchmark import bench
 from .demonstration import demo
 from .diagnosis import doctor
+from .running import SETTINGS, run
 from .tuning import tune
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app.command()(doctor)
 app.command()(bench)
 app.command()(demo)
 app.command()(tune)
+app.command(context_settings=SETTINGS)(run)
 
 
 def _print_version(wanted: bool) -> None:

@@ -115,11 +115,28 @@ def _weights_sparse(
     return query.new_empty(4, pairs, dtype=torch.int64), query.new_empty(pairs)
 
 
+def _mask_band(mask: Tensor, q_length: int, k_length: int) -> Tensor:
+    return mask.new_empty(3 + 2 * mask.shape[0], dtype=torch.int32)
+
+
+def _mask_tiles(mask: Tensor, q_length: int, k_length: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, rows, keys = (
+        1 if axis < 3 and stride == 0 else size
+        for axis, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True))
+    )
+    tiles = batch, heads, -(-rows // tile), -(-keys // tile)
+    full, partial = (mask.new_empty(tiles, dtype=torch.bool) for _ in range(2))
+    pairs = mask.new_empty(0 if mask.dtype == torch.bool else (batch, heads, rows, keys), dtype=torch.bool)
+    return mask.new_empty(3, dtype=torch.int64), full, partial, pairs
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _forward,
     "attention_backward": _backward,
     "attention_weights": _weights,
     "attention_weights_sparse": _weights_sparse,
+    "mask_band": _mask_band,
+    "mask_tiles": _mask_tiles,
 }
 
 

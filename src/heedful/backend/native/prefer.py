@@ -45,6 +45,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     )
 }
 
+# The engine packs a whole vector of keys, however few there are: with so few to the width of a row, in bytes, that is
+# most of the call.
+FEW_KEYS = 8
+
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # No functools.cache: torch.compile would trace into the function behind it.
@@ -58,30 +62,51 @@ def native_is_faster(problem: Problem) -> bool:
     Depends on the problem, the instruction set and the tuning table alone, not on the number of threads: the choice
     decides the bits of the result.
     """
-    if lower(problem).dense:
+    # SDPA's other way, for values of another width than keys, takes ten times as long to begin.
+    if lower(problem).dense or (problem.value_dim != problem.head_dim and load_table() is not None):
         return True
+    return engine_pays(
+        problem.dtype,
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.q_length,
+        problem.k_length,
+        problem.head_dim,
+        gradient="gradient" in problem.features,
+    )
+
+
+def engine_pays(
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_length: int,
+    k_length: int,
+    head_dim: int,
+    *,
+    gradient: bool = False,
+) -> bool:
+    """Whether the engine is the faster one where SDPA has a kernel too and nothing has to be made for it."""
     table = load_table()
     if table is None:
         # Without fused multiply-adds the engine reaches a third of what PyTorch's own libraries do.
         return False
-    # SDPA's other way, for values of another width than keys, takes ten times as long to begin.
-    if problem.value_dim != problem.head_dim:
-        return True
-    gradient = "gradient" in problem.features
-    if known(problem.pairs < table["few_pairs_gradient" if gradient else "few_pairs"][_DTYPES[problem.dtype]]):
+    few_pairs = table["few_pairs_gradient" if gradient else "few_pairs"][_DTYPES[dtype]]
+    if known(batch * heads * q_length * k_length < few_pairs):
         return False
-    if problem.dtype.itemsize < 4:
+    if dtype.itemsize < 4:
         return True
-    # The engine packs a whole vector's width of keys, however few there are.
-    if known(problem.k_length * 8 * problem.dtype.itemsize <= problem.head_dim):
+    if known(k_length * FEW_KEYS * dtype.itemsize <= head_dim):
         return False
-    if problem.heads != problem.kv_heads:
+    if heads != kv_heads:
         return True
-    key_bytes = problem.batch * problem.kv_heads * problem.k_length * problem.head_dim * 2 * problem.dtype.itemsize
+    key_bytes = batch * kv_heads * k_length * head_dim * 2 * dtype.itemsize
     few_queries, cached_bytes = table["few_queries"], table["cached_bytes"]
     if gradient:
         few_queries, cached_bytes = 2 * few_queries, 4 * cached_bytes
-    return not (known(problem.q_length <= few_queries) and known(key_bytes <= cached_bytes))
+    return not (known(q_length <= few_queries) and known(key_bytes <= cached_bytes))
 
 
 def load_table() -> dict[str, Any] | None:

@@ -1,0 +1,325 @@
+"""`scaled_dot_product_attention` with PyTorch's signature and semantics, run by heedful wherever it can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter, functional
+from torch.overrides import handle_torch_function
+
+from heedful.api import attention, forgetters
+from heedful.arguments import DTYPES, autocast_dtype
+from heedful.backend.native.prefer import engine_pays, load_table
+from heedful.choose import UNAVAILABLE
+from heedful.patterns import Causal, Mask, Pattern
+from heedful.sdpa.masks import read_mask
+from heedful.sdpa.shapes import (
+    REFUSED,
+    batch_of,
+    mask_of_rank_4,
+    memory_order,
+    of_rank_4,
+    would_reach_flash,
+)
+
+# PyTorch's function itself, whatever stands behind its public name by the time of a call.
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_flash_enabled = torch._C._get_flash_sdp_enabled
+_has_torch_function: Any = torch._C._has_torch_function_variadic
+
+_FIRST_MEETS_FIRST = Causal(0)
+_NUMBERS = (float, int)
+SMALL = "too small for the engine to pay off"
+SLOW = "the engine has no fast kernels for this processor"
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` to the letter, on heedful's engine where that is faster.
+
+    A mask is read at every call: one that is a band (causal, a window, with padding of keys or without) is never
+    looked at again, and of any other the tiles that exclude every pair cost nothing. A call that heedful does not run,
+    such as one on a GPU, one under a function transform or one with wrong arguments, is PyTorch's, with PyTorch's
+    result or error.
+
+    Args:
+        query: (N, ..., Hq, L, E) in float16, bfloat16, float32 or float64; two dimensions or more.
+        key: (N, ..., H, S, E).
+        value: (N, ..., H, S, Ev).
+        attn_mask: broadcasts to (N, ..., Hq, L, S): bool, True = attend, or a float tensor in the query's dtype or
+            float32 that is added to the scores. A row without a key gives 0.
+        dropout_p: the probability with which a weight is zeroed; drawn from torch's generator, as other numbers than
+            PyTorch draws.
+        is_causal: whether query i sees the keys up to i, the first query meeting the first key.
+        scale: what the scores are multiplied by; None is 1/sqrt(E).
+        enable_gqa: whether Hq may be a multiple of H.
+
+    Returns:
+        (N, ..., Hq, L, Ev), with the memory layout that PyTorch gives it.
+
+    Raises:
+        What PyTorch raises, which is asked wherever an argument is not as above.
+    """
+    if _has_torch_function(query, key, value, attn_mask):
+        if any(isinstance(t, Tensor) and not _is_plain(t) for t in (query, key, value, attn_mask)):
+            # Such as torch.nn.attention.bias.CausalBias, which knows PyTorch's function by its public name.
+            function = functional.scaled_dot_product_attention
+            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p,
+            is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if not is_torchs_at_a_glance(query, key, value, dropout_p):
+        found = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if isinstance(found, Tensor):
+            return found
+    return call_torch(torch_sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def call_torch(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    # Reading arguments by name costs a tenth of a tiny call.
+    if dropout_p == 0 and scale is None and enable_gqa is False and is_causal is False:
+        return function(query, key, value) if attn_mask is None else function(query, key, value, attn_mask)
+    return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def is_torchs_at_a_glance(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
+    """Whether calls of these sizes were seen to be PyTorch's because they are small, with a mask or without."""
+    if _is_dynamo_compiling():
+        return False
+    if _tracing_state() is not None:
+        # torch.jit.trace warns of every size that is looked at.
+        return True
+    try:
+        return (query.shape, key.shape, value.shape, query.dtype) in _small and dropout_p == 0
+    except AttributeError:
+        return False
+
+
+def remember_small(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Calls of these sizes for which PyTorch has a kernel are PyTorch's from now on."""
+    if len(_small) >= _MAX_REMEMBERED:
+        _small.clear()
+    _small.add((query.shape, key.shape, value.shape, query.dtype))
+
+
+# Up to so many pairs PyTorch writes a masked call out in less time than it takes to read the mask.
+_FEW_MASKED_PAIRS = 4096
+
+
+class Plan(NamedTuple):
+    """What of a call its sizes, strides and flags decide."""
+
+    batch: tuple[int, ...]
+    """All sizes of the result in front of (L, Ev), the last of them its heads."""
+    layout: str
+    """The memory order of the result: "bhld", "blhd" or "other", where a copy is made."""
+    four_dimensional: bool
+    """Whether q, k and v are (B, H or a divisor, L, D) as they come."""
+    tiny: bool
+    """Whether PyTorch, although it has no kernel, is faster as long as no gradient is needed."""
+
+
+_plans: dict[Hashable, Plan | str] = {}
+_small: set[Hashable] = set()
+_MAX_REMEMBERED = 4096
+forgetters += [_plans.clear, _small.clear]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | str:
+    """The result by heedful, or why the call is PyTorch's."""
+    compiling = _is_dynamo_compiling()
+    if not _flash_enabled():
+        return "torch.nn.attention.sdpa_kernel leaves out the flash kernel, in whose place heedful stands"
+    if UNAVAILABLE:
+        return f"heedful's engine cannot run here: {UNAVAILABLE}"
+    if not compiling:
+        obstacle = find_obstacle(query, key, value, attn_mask)
+        if obstacle is not None:
+            return obstacle
+    if not (
+        type(is_causal) is bool
+        and type(enable_gqa) is bool
+        and type(dropout_p) in _NUMBERS
+        and 0 <= dropout_p < 1
+        and (scale is None or (type(scale) in _NUMBERS and -math.inf < scale < math.inf))
+    ):
+        return REFUSED
+    if _is_autocast_enabled():
+        cast = autocast_dtype(query.device.type)
+        if cast is not None:
+            query, key, value = (_cast(t, cast) for t in (query, key, value))
+            if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
+                attn_mask = _cast(attn_mask, cast)
+    arguments = query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
+    plan = _plan(*arguments) if compiling else _remembered_plan(*arguments)
+    if isinstance(plan, str):
+        return plan
+    batch, layout, four_dimensional, tiny = plan
+    if tiny and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return SMALL
+    q, k, v = (query, key, value) if four_dimensional else of_rank_4(query, key, value, batch)
+    if is_causal and attn_mask is None:
+        pattern: Pattern | None = _FIRST_MEETS_FIRST
+    else:
+        pattern = None
+    bias: Tensor | None = None
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.ndim == 4 and len(batch) == 2 else mask_of_rank_4(attn_mask, batch)
+        if attn_mask.dtype == torch.bool and compiling:
+            pattern = Mask(mask)
+        elif compiling or (attn_mask.requires_grad and torch.is_grad_enabled()):
+            bias = mask
+        else:
+            pattern, bias = read_mask(mask, query.shape[-2], key.shape[-2])
+        if is_causal:
+            pattern = _FIRST_MEETS_FIRST if pattern is None else pattern & _FIRST_MEETS_FIRST
+    if layout == "blhd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return attention(
+            q, k, v, pattern=pattern, bias=bias, dropout_p=dropout_p, scale=scale, layout="blhd"
+        ).transpose(1, 2)
+    out = attention(q, k, v, pattern=pattern, bias=bias, dropout_p=dropout_p, scale=scale)
+    if layout == "other":
+        return torch.empty_like(query).copy_(out)
+    if len(batch) == 2:
+        return out
+    return out[0] if len(batch) == 1 else out[0, 0] if not batch else out.unflatten(0, batch[:-1])
+
+
+def _remembered_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> Plan | str:
+    kind = (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.stride(),
+        key.stride(-1) if key.ndim else 0,
+        value.stride(-1) if value.ndim else 0,
+        None if attn_mask is None else (attn_mask.shape, attn_mask.dtype, attn_mask.requires_grad),
+        dropout_p == 0,
+        is_causal,
+        enable_gqa,
+    )
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = _plan(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        if len(_plans) >= _MAX_REMEMBERED:
+            _plans.clear()
+        _plans[kind] = plan
+        if plan is SMALL or plan is SLOW:
+            remember_small(query, key, value)
+    return plan
+
+
+def why_not_paying() -> str:
+    """Of a call for which `engine_pays` said no."""
+    return SLOW if load_table() is None else SMALL
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> Plan | str:
+    dtype = query.dtype
+    if dtype not in DTYPES or key.dtype != dtype or value.dtype != dtype:
+        return REFUSED
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, dtype, torch.float32):
+        return REFUSED
+    reaches_flash = would_reach_flash(query, key, value, attn_mask, dropout_p, enable_gqa)
+    if is_causal and attn_mask is not None and not reaches_flash:
+        return REFUSED
+    batch = batch_of(query, key, value, attn_mask, enable_gqa)
+    if isinstance(batch, str):
+        return batch
+    if not reaches_flash:
+        compiling = _is_dynamo_compiling()
+        tiny = not compiling and attn_mask is not None and not attn_mask.requires_grad and dropout_p == 0
+        pairs = math.prod(batch) * query.shape[-2] * key.shape[-2]
+        return Plan(batch, "bhld", False, tiny and pairs < _FEW_MASKED_PAIRS)
+    # In a graph heedful.attention chooses, which knows what to do with sizes that are not known yet.
+    if not _is_dynamo_compiling() and not engine_pays(
+        dtype, query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3]
+    ):
+        return why_not_paying()
+    return Plan(batch, memory_order(query), True, False)
+
+
+def find_obstacle(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why a call outside of a compiled graph must be PyTorch's, by where it is made and by what kind of tensors."""
+    for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
+        if not _is_plain(tensor):
+            return "an argument is no plain tensor"
+        if not tensor.is_cpu:
+            return "a tensor is not on the CPU"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return "a tensor is nested or sparse"
+    if _are_transforms_active():
+        return "a function transform (torch.func) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if _dispatch_modes() > 0:
+        return "operators are traced or counted"
+    return None
+
+
+def _is_plain(tensor: object) -> bool:
+    return type(tensor) is Tensor or type(tensor) is Parameter
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
