@@ -186,7 +186,12 @@ def attention(
                 return_lse,
                 return_weights,
                 backend,
-                plain or (_kind(bias), _kind(alibi_slopes), _kind(sinks)),
+                plain
+                or (
+                    bias is None or _kind(bias),
+                    alibi_slopes is None or _kind(alibi_slopes),
+                    sinks is None or _kind(sinks),
+                ),
             )
             shortcut = _shortcuts.get(key)
         except (TypeError, AttributeError, RuntimeError):
@@ -315,13 +320,16 @@ def _remember(key: Hashable, chosen: Backend, call: Call) -> None:
     _shortcuts[key] = _from_arguments(shortcut, call)
 
 
-def _kind(tensor: Tensor | None) -> Hashable:
+def _kind(tensor: Tensor) -> Hashable:
     """What of a bias, slopes or sinks decides how a call runs."""
-    if tensor is None:
-        return None
-    if type(tensor) not in (Tensor, Parameter):
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
         raise TypeError
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and _is_grad_enabled()
+    return (
+        tensor.shape,
+        tensor.dtype,
+        tensor.is_cpu or tensor.device,
+        tensor.requires_grad and _is_grad_enabled(),
+    )
 
 
 def _from_arguments(shortcut: Shortcut, call: Call) -> Callable[..., Tensor | Attention]:
@@ -332,6 +340,8 @@ def _from_arguments(shortcut: Shortcut, call: Call) -> Callable[..., Tensor | At
         if slots:
             return lambda q, k, v, pattern: shortcut(q, k, v, pattern.fitted(*sizes))
         return lambda q, k, v, pattern: shortcut(q, k, v, ())
+    if not call.blhd and not slots and call.alibi_slopes is None and call.sinks is None:
+        return lambda q, k, v, pattern, bias, *none: shortcut(q, k, v, (), bias_of_rank_4(bias), *none)
 
     def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *extras: Tensor | None) -> Tensor | Attention:
         # causal=True changes the atoms, not the operands.

@@ -140,6 +140,7 @@ def prepare(
         query.device.type,
         whole.schedule,
         frozenset([feature for feature, used in needed.items() if used]),
+        whole if whole.schedule.slots and whole.is_constant else None,
     )
     return Call(
         problem,

@@ -74,6 +74,8 @@ class Problem(NamedTuple):
     device_type: str
     schedule: Schedule
     features: frozenset[str]
+    constant: Pattern | None = None
+    """The pattern where the schedule refers to tensors that follow from the pattern's ints alone, as BigBird's do."""
 
     @property
     def pairs(self) -> int:

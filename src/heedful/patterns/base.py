@@ -141,6 +141,11 @@ class Pattern(ABC):
             found += value._within if isinstance(value, Pattern) else [value] if is_array(value) else []
         return tuple(found)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether its ints are all that decides: no tensor is among what it was made of."""
+        return not self._within
+
     def density(self, q_length: int, k_length: int) -> float:
         """The share of (query, key) pairs that the pattern allows, exactly; 0.0 where there are no pairs."""
         return self.schedule.density(q_length, k_length, self.operands(q_length, k_length))
