@@ -140,7 +140,7 @@ def prepare(
         query.device.type,
         whole.schedule,
         frozenset([feature for feature, used in needed.items() if used]),
-        whole if whole.schedule.slots and whole.is_constant else None,
+        whole if whole.schedule.slots and not torch.compiler.is_compiling() and whole.is_constant else None,
     )
     return Call(
         problem,
