@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from heedful.arguments import (
     AllOptions,
     Options,
     autocast_dtype,
-    bias_of_rank_4,
+    of_rank_4,
     prepare,
     slopes_of_rank_4,
 )
@@ -26,7 +26,7 @@ from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reaso
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
 from heedful.kv_cache import KVCache
-from heedful.patterns import Mask, Pattern
+from heedful.patterns import Pattern
 from heedful.problem import Attention, Call
 
 # Bound to module globals because looking them up through torch costs a tenth of a microsecond each on every call.
@@ -166,10 +166,13 @@ def attention(
         and forward_ad._current_level < 0
     ):
         plain = bias is None and alibi_slopes is None and sinks is None
-        seen = pattern
         try:
-            if type(pattern) is Tensor:
-                seen = Mask(pattern)
+            if pattern is None:
+                seen: Hashable = None
+            elif type(pattern) is Tensor:
+                seen = pattern.shape, pattern.dtype, pattern.is_cpu or pattern.device
+            else:
+                seen = pattern.key  # type: ignore[union-attr]
             key = (
                 q.shape,
                 k.shape,
@@ -177,7 +180,7 @@ def attention(
                 q.dtype,
                 (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device),
                 _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-                seen if seen is None else seen.key,  # type: ignore[union-attr]
+                seen,
                 causal,
                 scale,
                 softcap,
@@ -200,8 +203,8 @@ def attention(
         if shortcut is not None:
             try:
                 if plain:
-                    return shortcut(q, k, v, seen)
-                return shortcut(q, k, v, seen, bias, alibi_slopes, sinks)
+                    return shortcut(q, k, v, pattern)
+                return shortcut(q, k, v, pattern, bias, alibi_slopes, sinks)
             except Exception as error:
                 # Where an argument is at fault, such as a dtype of k other than q's, the checks below name it.
                 failure = error
@@ -226,7 +229,7 @@ def attention(
         raise failure
     chosen = choose(call.problem, backend)
     if key is not None:
-        _remember(key, chosen, call)
+        _remember(key, chosen, call, spelled_out=type(pattern) is Tensor)
     if autocast_dtype(call.problem.device_type) is None:
         result = chosen.run(call)
     else:
@@ -234,6 +237,15 @@ def attention(
             result = chosen.run(call)
     out = result.out.transpose(1, 2) if call.blhd else result.out
     return result._replace(out=out) if return_lse or return_weights else out
+
+
+def make_shortcut(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Shortcut | None:
+    """What `attention` does with such arguments past its checks, for doors that look at further ones themselves: on q,
+    k and v in index order (B, H, L, D), whatever the layout."""
+    arguments = {**(attention.__kwdefaults__ or {}), **options}
+    del arguments["backend"]
+    call = prepare(q, k, v, **arguments)
+    return choose(call.problem).shortcut(call)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Explanation:
@@ -311,13 +323,13 @@ def clear_caches() -> None:
         library.clear_caches()
 
 
-def _remember(key: Hashable, chosen: Backend, call: Call) -> None:
+def _remember(key: Hashable, chosen: Backend, call: Call, spelled_out: bool) -> None:
     shortcut = chosen.shortcut(call)
     if shortcut is None:
         return
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
-    _shortcuts[key] = _from_arguments(shortcut, call)
+    _shortcuts[key] = _from_arguments(shortcut, call, spelled_out)
 
 
 def _kind(tensor: Tensor) -> Hashable:
@@ -332,23 +344,26 @@ def _kind(tensor: Tensor) -> Hashable:
     )
 
 
-def _from_arguments(shortcut: Shortcut, call: Call) -> Callable[..., Tensor | Attention]:
-    """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked."""
+def _from_arguments(shortcut: Shortcut, call: Call, spelled_out: bool) -> Callable[..., Tensor | Attention]:
+    """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked, or a mask of
+    a shape that was, spelled_out."""
     problem = call.problem
     slots, sizes = problem.schedule.slots, (problem.batch, problem.heads, problem.q_length, problem.k_length)
     if not call.blhd and call.bias is None and call.alibi_slopes is None and call.sinks is None:
+        if spelled_out:
+            return lambda q, k, v, mask: shortcut(q, k, v, (of_rank_4(mask),))
         if slots:
             return lambda q, k, v, pattern: shortcut(q, k, v, pattern.fitted(*sizes))
         return lambda q, k, v, pattern: shortcut(q, k, v, ())
     if not call.blhd and not slots and call.alibi_slopes is None and call.sinks is None:
-        return lambda q, k, v, pattern, bias, *none: shortcut(q, k, v, (), bias_of_rank_4(bias), *none)
+        return lambda q, k, v, pattern, bias, *none: shortcut(q, k, v, (), of_rank_4(bias), *none)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *extras: Tensor | None) -> Tensor | Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Any, *extras: Tensor | None) -> Tensor | Attention:
         # causal=True changes the atoms, not the operands.
-        operands = pattern.fitted(*sizes) if slots else ()
+        operands = (of_rank_4(pattern),) if spelled_out else pattern.fitted(*sizes) if slots else ()
         if extras:
             bias, alibi_slopes, sinks = extras
-            extras = bias_of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
+            extras = None if bias is None else of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
         if not call.blhd:
             return shortcut(q, k, v, operands, *extras)
         result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), operands, *extras)

@@ -75,8 +75,8 @@ class Problem(NamedTuple):
     schedule: Schedule
     features: frozenset[str]
     constant: Pattern | None = None
-    """The pattern where the schedule refers to tensors that follow from the pattern's ints alone, as BigBird's do; never
-    in a traced call."""
+    """The pattern where the schedule refers to tensors that follow from the pattern's ints alone, as BigBird's do.
+    None in a traced call."""
 
     @property
     def pairs(self) -> int:
