@@ -66,7 +66,7 @@ def append_keys(
     """The same for `count` keys more at the end that every query sees."""
     pattern, bias = allowed
     if isinstance(pattern, Tensor):
-        pattern = F.pad(pattern.expand(*pattern.shape[:3], k_length), (0, count), value=True)
+        pattern = F.pad(pattern.expand(*pattern.shape[:-1], k_length), (0, count), value=True)
     elif pattern is not None:
         # Patterns count from the last key, which is another one then: only their pairs are still what was meant.
         pattern.validate(batch, heads, q_length, k_length)
