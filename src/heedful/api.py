@@ -252,7 +252,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> E
     """What `heedful.attention` would run for the same arguments, and why not the others; runs nothing.
 
     Returns:
-        An `Explanation`: `.backend`, `.reasons`, `.notes`; `print` shows it as a table.
+        An `Explanation` with `.backend`, `.reasons` and `.notes`, which `print` shows as a table.
 
     Raises:
         ValueError, TypeError: as `heedful.attention`. What it would raise UnsupportedError for has `.backend` None.

@@ -50,12 +50,13 @@ class KVCache:
     and what a pattern aligns with the end of the keys is aligned with the end of each item's. Masks, block maps and
     documents are the same for all items.
 
-    Three kinds:
-        contiguous: one buffer, which doubles where it is full. Where all items have the same length, a call costs what
-            it costs without a cache and two copies of what is new.
-        ring (`window`): memory is bounded by the window, and every pattern is `& SlidingWindow(window, None)`.
-        paged (`block_size`): blocks of that many positions, taken out of a pool as items grow, given back by `free`,
-            `crop` and `reset`, and shared by the items that `reorder` makes of one.
+    There are three kinds:
+
+    - contiguous: one buffer, which doubles where it is full. Where all items have the same length, a call costs what
+      it costs without a cache and two copies of what is new.
+    - ring (`window`): memory is bounded by the window, and every pattern is `& SlidingWindow(window, None)`.
+    - paged (`block_size`): blocks of that many positions, taken out of a pool as items grow, given back by `free`,
+      `crop` and `reset`, and shared by the items that `reorder` makes of one.
 
     Under torch.compile a call with a cache runs outside the graph, and `fullgraph=True` refuses it. Inputs that need a
     gradient are refused.

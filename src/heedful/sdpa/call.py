@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
         (N, ..., Hq, L, Ev), with the memory layout that PyTorch gives it.
 
     Raises:
-        What PyTorch raises, which is asked wherever an argument is not as above.
+        RuntimeError, TypeError, ValueError: as PyTorch, which is asked wherever an argument is not as above.
     """
     if _has_torch_function(query, key, value, attn_mask):
         if any(isinstance(t, Tensor) and not _is_plain(t) for t in (query, key, value, attn_mask)):
