@@ -101,9 +101,10 @@ compiler:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"heedful needs Python 3.11 or newer: $(PYTHON) is {v[0]}.{v[1]} (choose one with make PYTHON=…)")'
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "heedful needs Python's venv module (apt install python3-venv)"; exit 1; }
 
-.venv/requirements.stamp: requirements/dev.txt requirements/constraints.txt | .venv/bin/python
+.venv/requirements.stamp: requirements/dev.txt requirements/triton.txt requirements/constraints.txt | .venv/bin/python
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements/dev.txt))
 	$(BIN)/python -m pip install -r requirements/dev.txt -c requirements/constraints.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --no-deps -r requirements/triton.txt || echo "no Triton for this machine: its tests are skipped"
 	@touch $@
 
 .venv/package.stamp: pyproject.toml .venv/requirements.stamp

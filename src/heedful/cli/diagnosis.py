@@ -16,7 +16,7 @@ from heedful.measure import machine
 
 from .console import output
 
-BUILD_REMEDY = "reinstall heedful (pip install --force-reinstall --no-deps heedful), or in a source tree run make build"
+BUILD_REMEDY = "in a source tree run make build (or pip install --force-reinstall --no-deps .)"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _transformers(problems: list[Problem]) -> dict[str, Any]:
         found["registered"] = "heedful" in AttentionInterface().valid_keys()
     except Exception as error:  # any failure of a foreign package is a finding, not the end of the report
         problems.append(
-            Problem("warning", f"import heedful.hf failed: {error}", "pip install 'heedful[hf]' for a tested version")
+            Problem("warning", f"import heedful.hf failed: {error}", "pip install 'transformers>=5.8'")
         )
     return found
 
