@@ -11,6 +11,7 @@ from heedful import __version__
 from .benchmark import bench
 from .demonstration import demo
 from .diagnosis import doctor
+from .ladder import levels
 from .matrix import support
 from .running import SETTINGS, run
 from .tuning import tune
@@ -27,6 +28,7 @@ app.command()(bench)
 app.command()(demo)
 app.command()(tune)
 app.command()(support)
+app.command()(levels)
 app.command(context_settings=SETTINGS)(run)
 
 
