@@ -44,7 +44,7 @@ _HOME = {
 }
 
 # Found as attributes without an import of their own.
-_SUBPACKAGES = ("flash_attn", "levels", "nn", "numpy", "ops")
+_SUBPACKAGES = ("flash_attn", "graphs", "levels", "nn", "numpy", "ops")
 
 __all__ = [
     "Attention",
@@ -80,6 +80,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from heedful import graphs as graphs
     from heedful import levels as levels
     from heedful import nn as nn
     from heedful import ops as ops

@@ -26,7 +26,7 @@ from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reaso
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
 from heedful.kv_cache import KVCache
-from heedful.patterns import Pattern
+from heedful.patterns import Pattern, moved
 from heedful.problem import Attention, Call
 
 # Bound to module globals because looking them up through torch costs a tenth of a microsecond each on every call.
@@ -39,7 +39,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _shortcuts: dict[Hashable, Callable[..., Tensor | Attention]] = {}
 _MAX_SHORTCUTS = 4096
 # What doors remember of earlier calls: functions that forget it.
-forgetters: list[Callable[[], object]] = []
+forgetters: list[Callable[[], object]] = [moved.forget]
 
 
 @overload
@@ -228,7 +228,8 @@ def attention(
     if failure is not None:
         raise failure
     chosen = choose(call.problem, backend)
-    if key is not None:
+    # A mask from another device is moved by the long way alone.
+    if key is not None and not (type(pattern) is Tensor and pattern.device != q.device):
         _remember(key, chosen, call, spelled_out=type(pattern) is Tensor)
     if autocast_dtype(call.problem.device_type) is None:
         result = chosen.run(call)

@@ -14,7 +14,7 @@ from heedful.cache_kinds.contiguous import Contiguous
 from heedful.cache_kinds.paged import Paged
 from heedful.cache_kinds.pool import Pool
 from heedful.cache_kinds.ring import Ring
-from heedful.cache_kinds.store import Store, as_list
+from heedful.cache_kinds.store import Store, as_list, on_device
 from heedful.errors import wrong_type, wrong_value
 from heedful.patterns import Causal, Full, Padding, Pattern, SlidingWindow
 from heedful.patterns.aligned import Aligned
@@ -167,6 +167,13 @@ class KVCache:
         if fitting != self._fitting:
             self._check(k, v)
             self._fitting = fitting
+        if k.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise wrong_value(
+                "cache",
+                "a call that becomes part of a CUDA graph",
+                "calls outside of one, as it keeps lengths in Python, which replays would not change "
+                "(heedful.flash_attn.flash_attn_with_kvcache takes them as a tensor)",
+            )
         if _is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise no_gradient()
         store = self._store or self._make(k, v)
@@ -260,7 +267,7 @@ class KVCache:
         if self.window is not None:
             pattern = pattern & self._band
         lengths = [self._lengths] if isinstance(self._lengths, int) else self._lengths
-        stop = torch.tensor(lengths, dtype=torch.int32, device=store.key.device)
+        stop = on_device(lengths, torch.int32, store.key.device)
         offset = stop - q_length
         starts = None if self._starts is None else self._starts.to(store.key.device)
         pattern = Aligned(pattern, offset, stop, starts, length)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .collect import Progress, collect
-from .machine import environment, gpu_line
+from .machine import environment
 from .peaks import Peaks, measure_peaks
 from .timing import pinned_threads, quartiles
 
@@ -88,7 +88,7 @@ def measure_levels(
         "mode": "levels",
         "command": command,
         "environment": environment(),
-        "device": gpu_line() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "peaks": peaks.to_json() if peaks else None,
         "threads": threads,
         "interrupted": interrupted,

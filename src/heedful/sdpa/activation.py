@@ -58,8 +58,9 @@ def activate() -> Activation:
 
     `torch.nn.functional.scaled_dot_product_attention` and what is built on it (nn.MultiheadAttention,
     nn.TransformerEncoder and its fast path, torch.compile with any backend, autograd) then runs on heedful's engine
-    for CPU tensors where that is faster, with the same results up to rounding. Calls nest: as many `deactivate` as
-    `activate` restore what was there. As a context manager:
+    for CPU tensors where that is faster, with the same results up to rounding; on a GPU, calls through the public name
+    of the function run on heedful's kernels where these are. Calls nest: as many `deactivate` as `activate` restore
+    what was there. As a context manager:
 
         with heedful.activate():
             model(inputs)

@@ -18,6 +18,7 @@ from heedful.backend.base import Shortcut
 from heedful.backend.native.prefer import engine_pays, load_table
 from heedful.choose import UNAVAILABLE
 from heedful.patterns import Causal, Mask, Pattern
+from heedful.sdpa import elsewhere
 from heedful.sdpa.masks import read_mask
 from heedful.sdpa.shapes import (
     REFUSED,
@@ -59,8 +60,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` to the letter, on heedful's engine where that is faster.
 
     A mask is read at every call: one that is a band (causal, a window, with padding of keys or without) is never
-    looked at again, and of any other the tiles that exclude every pair cost nothing. A call that heedful does not run,
-    such as one on a GPU, one under a function transform or one with wrong arguments, is PyTorch's, with PyTorch's
+    looked at again, and of any other the tiles that exclude every pair cost nothing. On a GPU masks are not read, and
+    calls run on heedful's kernels where these were measured to be faster, otherwise on PyTorch's. A call that heedful
+    does not run, such as one under a function transform or one with wrong arguments, is PyTorch's, with PyTorch's
     result or error.
 
     Args:
@@ -124,7 +126,8 @@ def is_torchs_at_a_glance(
         # torch.jit.trace warns of every size that is looked at.
         return True
     try:
-        return (query.shape, key.shape, value.shape, query.dtype, attn_mask is None) in _small and dropout_p == 0
+        sizes = query.shape, key.shape, value.shape, query.dtype, attn_mask is None
+        return sizes in _small and dropout_p == 0 and query.is_cpu
     except AttributeError:
         return False
 
@@ -183,12 +186,13 @@ def attend(
     compiling = _is_dynamo_compiling()
     if not _flash_enabled():
         return "torch.nn.attention.sdpa_kernel leaves out the flash kernel, in whose place heedful stands"
-    if UNAVAILABLE:
-        return f"heedful's engine cannot run here: {UNAVAILABLE}"
     if not compiling:
         obstacle = find_obstacle(query, key, value, attn_mask)
         if obstacle is not None:
             return obstacle
+    on_cpu = query.is_cpu
+    if on_cpu and "native" in UNAVAILABLE:
+        return f"heedful's engine cannot run here: {UNAVAILABLE['native']}"
     if not (
         type(is_causal) is bool
         and type(enable_gqa) is bool
@@ -203,6 +207,8 @@ def attend(
             query, key, value = (_cast(t, cast_to) for t in (query, key, value))
             if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
                 attn_mask = _cast(attn_mask, cast_to)
+    if not on_cpu:
+        return elsewhere.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     arguments = query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
     plan = _plan(*arguments) if compiling else _remembered_plan(*arguments, scale)
     if isinstance(plan, str):
@@ -357,8 +363,8 @@ def find_obstacle(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
     for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
         if not _is_plain(tensor):
             return "an argument is no plain tensor"
-        if not tensor.is_cpu:
-            return "a tensor is not on the CPU"
+        if not tensor.is_cpu if query.is_cpu else tensor.device != query.device:
+            return "tensors are on different devices"
         if tensor.layout is not torch.strided or tensor.is_nested:
             return "a tensor is nested or sparse"
     if _are_transforms_active():

@@ -80,7 +80,7 @@ def _attend(
         return None
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         return None
-    if would_reach_flash(query, key, value, attn_mask, dropout_p, enable_gqa):
+    if query.is_cpu and would_reach_flash(query, key, value, attn_mask, dropout_p, enable_gqa):
         if _is_dynamo_compiling() or query.dtype not in DTYPES:
             return None
         batch, heads, q_length, head_dim = query.shape
