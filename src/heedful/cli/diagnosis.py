@@ -154,9 +154,7 @@ def _transformers(problems: list[Problem]) -> dict[str, Any]:
 
         found["registered"] = "heedful" in AttentionInterface().valid_keys()
     except Exception as error:  # any failure of a foreign package is a finding, not the end of the report
-        problems.append(
-            Problem("warning", f"import heedful.hf failed: {error}", "pip install 'transformers>=5.8'")
-        )
+        problems.append(Problem("warning", f"import heedful.hf failed: {error}", "pip install 'transformers>=5.8'"))
     return found
 
 

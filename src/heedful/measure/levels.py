@@ -70,6 +70,8 @@ def measure_levels(
         ValueError: threads is not possible here, or device is not "cpu" or "cuda".
         UnsupportedError: there is no such device.
     """
+    import torch
+
     from heedful.levels.ladder import LEVELS, available, require
 
     require(1, "attention", device)
