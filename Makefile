@@ -1,5 +1,5 @@
-# make demo, make test, make bench, make lint, make sanitize, make fuzz, make test-arm, make bench-tiles: each sets up
-# what it needs in .venv first.
+# make demo, make test, make bench, make lint, make docs, make sanitize, make fuzz, make test-arm, make bench-tiles: each
+# sets up what it needs in .venv first.
 #   PYTHON       the Python (3.11 or newer) that .venv is made with
 #   TEST_WORKERS how many tests run at once, 2 if left out
 #   TORCH_INDEX  the index to take torch from, as in https://download.pytorch.org/whl/cpu; empty: pip's own
@@ -25,7 +25,7 @@ SOURCES := $(shell find engine bridge benchmarks -name '*.cpp' -o -name '*.h')
 # $(call configure,folder,options): a build folder, made once.
 configure = test -f $(1)/build.ninja || $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(2)
 
-.PHONY: demo test disassembly test-arm sanitize fuzz bench bench-tiles lint format build compiler clean
+.PHONY: demo test disassembly test-arm sanitize fuzz bench bench-tiles docs docs-serve lint format build compiler clean
 
 demo: build .venv/demo.stamp
 	$(BIN)/heedful demo
@@ -70,6 +70,13 @@ bench-tiles: compiler .venv/requirements.stamp
 bench: build
 	$(BIN)/heedful bench
 
+# The documentation as a site, into build/site; a link that leads nowhere is an error.
+docs: build .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: build .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 lint: .venv/package.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,13 +101,18 @@ compiler:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"heedful needs Python 3.11 or newer: $(PYTHON) is {v[0]}.{v[1]} (choose one with make PYTHON=…)")'
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "heedful needs Python's venv module (apt install python3-venv)"; exit 1; }
 
-.venv/requirements.stamp: requirements/dev.txt requirements/constraints.txt | .venv/bin/python
+.venv/requirements.stamp: requirements/dev.txt requirements/triton.txt requirements/constraints.txt | .venv/bin/python
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements/dev.txt))
 	$(BIN)/python -m pip install -r requirements/dev.txt -c requirements/constraints.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --no-deps -r requirements/triton.txt || echo "no Triton for this machine: its tests are skipped"
 	@touch $@
 
 .venv/package.stamp: pyproject.toml .venv/requirements.stamp
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e .
+	@touch $@
+
+.venv/docs.stamp: requirements/docs.txt requirements/constraints.txt .venv/requirements.stamp
+	$(BIN)/python -m pip install -r requirements/docs.txt -c requirements/constraints.txt
 	@touch $@
 
 .venv/demo.stamp: requirements/demo.txt .venv/requirements.stamp

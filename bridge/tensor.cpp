@@ -53,12 +53,8 @@ Tensor Tensor::optional(StableIValue value) {
 
 Tensor Tensor::empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, heedful_dtype dtype,
                      heedful_tensor &view) {
-    AtenTensorHandle handle = nullptr;
-    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), torch_dtype(dtype),
-                                 cpu, 0, &handle) != 0)
-        fail("heedful: torch could not allocate an output");
-    Tensor result(reinterpret_cast<StableIValue>(handle));
-    check(torch_get_mutable_data_ptr(handle, &view.data), "heedful: an output", "data");
+    Tensor result = empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype);
+    check(torch_get_mutable_data_ptr(result.get(), &view.data), "heedful: an output", "data");
     view.dtype = dtype;
     view.ndim = static_cast<int32_t>(sizes.size());
     std::copy(sizes.begin(), sizes.end(), view.size);
@@ -66,12 +62,24 @@ Tensor Tensor::empty(std::initializer_list<int64_t> sizes, std::initializer_list
     return result;
 }
 
+Tensor Tensor::empty(int64_t ndim, const int64_t *sizes, const int64_t *strides, heedful_dtype dtype) {
+    AtenTensorHandle handle = nullptr;
+    if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype(dtype), cpu, 0, &handle) != 0)
+        fail("heedful: torch could not allocate an output");
+    return Tensor(reinterpret_cast<StableIValue>(handle));
+}
+
+heedful_dtype dtype_on_cpu(const Tensor &tensor, const char *name) {
+    int32_t device = 0;
+    check(aoti_torch_get_device_type(tensor.get(), &device), name, "device");
+    if (device != cpu) fail(std::string(name) + " must be on the CPU");
+    return engine_dtype(tensor.get(), name);
+}
+
 heedful_tensor view(const Tensor &tensor, const char *name) {
     const AtenTensorHandle handle = tensor.get();
     heedful_tensor result;
-    int32_t device = 0;
-    check(aoti_torch_get_device_type(handle, &device), name, "device");
-    if (device != cpu) fail(std::string(name) + " must be on the CPU");
+    result.dtype = dtype_on_cpu(tensor, name);
     int64_t ndim = 0;
     int64_t *sizes = nullptr;
     int64_t *strides = nullptr;
@@ -79,7 +87,6 @@ heedful_tensor view(const Tensor &tensor, const char *name) {
     check(aoti_torch_get_sizes(handle, &sizes), name, "sizes");
     check(aoti_torch_get_strides(handle, &strides), name, "strides");
     if (ndim > 4) fail(std::string(name) + " has " + std::to_string(ndim) + " dimensions, and at most 4 are taken");
-    result.dtype = engine_dtype(handle, name);
     result.ndim = ndim == 0 ? 1 : static_cast<int32_t>(ndim);
     result.size[0] = result.stride[0] = 1;
     for (int64_t dim = 0; dim < ndim; ++dim) {

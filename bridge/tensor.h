@@ -32,6 +32,7 @@ class Tensor {
     /* An uninitialised CPU tensor and, in `view`, the engine's view of it; sizes and strides are of one length. */
     static Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                         heedful_dtype dtype, heedful_tensor &view);
+    static Tensor empty(int64_t ndim, const int64_t *sizes, const int64_t *strides, heedful_dtype dtype);
 
     /* Null where there is none. */
     AtenTensorHandle get() const { return handle_; }
@@ -67,6 +68,9 @@ class List {
   private:
     StableListHandle handle_;
 };
+
+/* The dtype of a CPU tensor; fails by name where the engine has none such, and on a tensor elsewhere. */
+heedful_dtype dtype_on_cpu(const Tensor &tensor, const char *name);
 
 /* The engine's view of a strided CPU tensor of at most 4 dimensions; fails by name on any other. A tensor without
  * dimensions is seen as one element in one dimension. */

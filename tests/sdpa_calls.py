@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import heedful
+from heedful import sdpa
 from heedful.backend.native import prefer
 
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -213,6 +214,8 @@ def engine_pays_always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(prefer, "_table", limits)
     monkeypatch.setattr(prefer, "FEW_KEYS", 1 << 30)
     monkeypatch.setattr(prefer, "_table_loaded", True)
+    for limit in ("FEW_PAIRS", "FEW_PAIRS_WIDE", "_FEW_PAIRS_UNDER_A_MASK", "_FEW_PAIRS_OF_A_HEAD"):
+        monkeypatch.setattr(sdpa.call, limit, 0)
     heedful.clear_caches()
     yield
     heedful.clear_caches()

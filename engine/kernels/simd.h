@@ -350,7 +350,10 @@ template <class T> INLINE typename Real<T>::V tanh(typename Real<T>::V x) {
 INLINE Real<float>::V widen(const float *p) { return Real<float>::load(p); }
 INLINE Real<double>::V widen(const double *p) { return Real<double>::load(p); }
 INLINE Real<float>::V widen(const bfloat16 *p) {
-#if defined(HEEDFUL_TIER_NEON)
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    return (Real<float>::V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(HEEDFUL_TIER_NEON)
     return (Real<float>::V)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)), 16);
 #else
     typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -388,12 +391,17 @@ INLINE void narrow(float *p, Real<float>::V v) { Real<float>::store(p, v); }
 INLINE void narrow(double *p, Real<double>::V v) { Real<double>::store(p, v); }
 // By integers: the processor's own conversion flushes subnormal results.
 INLINE void narrow(bfloat16 *p, Real<float>::V v) {
-    typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
+    [[maybe_unused]] typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef uint32_t Full __attribute__((vector_size(VECTOR_BYTES)));
     const Full bits = (Full)v;
     const Full rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-    const Half half = __builtin_convertvector((Full)(v == v ? rounded : quiet), Half);
+    const Full chosen = v == v ? rounded : quiet;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16((__m512i)chosen));
+#else
+    const Half half = __builtin_convertvector(chosen, Half);
     __builtin_memcpy(p, &half, sizeof half);
+#endif
 }
 INLINE void narrow(float16 *p, Real<float>::V v) {
 #if defined(__AVX512F__)

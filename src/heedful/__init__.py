@@ -44,7 +44,7 @@ _HOME = {
 }
 
 # Found as attributes without an import of their own.
-_SUBPACKAGES = ("flash_attn", "nn", "numpy")
+_SUBPACKAGES = ("flash_attn", "graphs", "levels", "nn", "numpy", "ops")
 
 __all__ = [
     "Attention",
@@ -80,7 +80,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from heedful import graphs as graphs
+    from heedful import levels as levels
     from heedful import nn as nn
+    from heedful import ops as ops
     from heedful.api import attention, clear_caches, explain, list_backends
     from heedful.conversion import convert
     from heedful.errors import UnsupportedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from heedful.arguments import (
     AllOptions,
     Options,
     autocast_dtype,
-    bias_of_rank_4,
+    of_rank_4,
     prepare,
     slopes_of_rank_4,
 )
@@ -26,7 +26,7 @@ from heedful.choose import BACKENDS, ENGINE, UNAVAILABLE, choose, decide, fastes
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
 from heedful.kv_cache import KVCache
-from heedful.patterns import Mask, Pattern
+from heedful.patterns import Pattern, moved
 from heedful.problem import Attention, Call
 
 # Bound to module globals because looking them up through torch costs a tenth of a microsecond each on every call.
@@ -39,7 +39,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _shortcuts: dict[Hashable, Callable[..., Tensor | Attention]] = {}
 _MAX_SHORTCUTS = 4096
 # What doors remember of earlier calls: functions that forget it.
-forgetters: list[Callable[[], object]] = []
+forgetters: list[Callable[[], object]] = [moved.forget]
 
 
 @overload
@@ -166,10 +166,13 @@ def attention(
         and forward_ad._current_level < 0
     ):
         plain = bias is None and alibi_slopes is None and sinks is None
-        seen = pattern
         try:
-            if type(pattern) is Tensor:
-                seen = Mask(pattern)
+            if pattern is None:
+                seen: Hashable = None
+            elif type(pattern) is Tensor:
+                seen = pattern.shape, pattern.dtype, pattern.is_cpu or pattern.device
+            else:
+                seen = pattern.key  # type: ignore[union-attr]
             key = (
                 q.shape,
                 k.shape,
@@ -177,7 +180,7 @@ def attention(
                 q.dtype,
                 (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device),
                 _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-                seen if seen is None else seen.key,  # type: ignore[union-attr]
+                seen,
                 causal,
                 scale,
                 softcap,
@@ -186,7 +189,12 @@ def attention(
                 return_lse,
                 return_weights,
                 backend,
-                plain or (_kind(bias), _kind(alibi_slopes), _kind(sinks)),
+                plain
+                or (
+                    bias is None or _kind(bias),
+                    alibi_slopes is None or _kind(alibi_slopes),
+                    sinks is None or _kind(sinks),
+                ),
             )
             shortcut = _shortcuts.get(key)
         except (TypeError, AttributeError, RuntimeError):
@@ -195,8 +203,8 @@ def attention(
         if shortcut is not None:
             try:
                 if plain:
-                    return shortcut(q, k, v, seen)
-                return shortcut(q, k, v, seen, bias, alibi_slopes, sinks)
+                    return shortcut(q, k, v, pattern)
+                return shortcut(q, k, v, pattern, bias, alibi_slopes, sinks)
             except Exception as error:
                 # Where an argument is at fault, such as a dtype of k other than q's, the checks below name it.
                 failure = error
@@ -220,8 +228,9 @@ def attention(
     if failure is not None:
         raise failure
     chosen = choose(call.problem, backend)
-    if key is not None:
-        _remember(key, chosen, call)
+    # A mask from another device is moved by the long way alone.
+    if key is not None and not (type(pattern) is Tensor and pattern.device != q.device):
+        _remember(key, chosen, call, spelled_out=type(pattern) is Tensor)
     if autocast_dtype(call.problem.device_type) is None:
         result = chosen.run(call)
     else:
@@ -231,11 +240,20 @@ def attention(
     return result._replace(out=out) if return_lse or return_weights else out
 
 
+def make_shortcut(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Shortcut | None:
+    """What `attention` does with such arguments past its checks, for doors that look at further ones themselves: on q,
+    k and v in index order (B, H, L, D), whatever the layout."""
+    arguments = {**(attention.__kwdefaults__ or {}), **options}
+    del arguments["backend"]
+    call = prepare(q, k, v, **arguments)
+    return choose(call.problem).shortcut(call)
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Explanation:
     """What `heedful.attention` would run for the same arguments, and why not the others; runs nothing.
 
     Returns:
-        An `Explanation`: `.backend`, `.reasons`, `.notes`; `print` shows it as a table.
+        An `Explanation` with `.backend`, `.reasons` and `.notes`, which `print` shows as a table.
 
     Raises:
         ValueError, TypeError: as `heedful.attention`. What it would raise UnsupportedError for has `.backend` None.
@@ -307,40 +325,48 @@ def clear_caches() -> None:
         library.clear_caches()
 
 
-def _remember(key: Hashable, chosen: Backend, call: Call) -> None:
+def _remember(key: Hashable, chosen: Backend, call: Call, spelled_out: bool) -> None:
     shortcut = chosen.shortcut(call)
     if shortcut is None:
         return
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
-    _shortcuts[key] = _from_arguments(shortcut, call)
+    _shortcuts[key] = _from_arguments(shortcut, call, spelled_out)
 
 
-def _kind(tensor: Tensor | None) -> Hashable:
+def _kind(tensor: Tensor) -> Hashable:
     """What of a bias, slopes or sinks decides how a call runs."""
-    if tensor is None:
-        return None
-    if type(tensor) not in (Tensor, Parameter):
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
         raise TypeError
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and _is_grad_enabled()
+    return (
+        tensor.shape,
+        tensor.dtype,
+        tensor.is_cpu or tensor.device,
+        tensor.requires_grad and _is_grad_enabled(),
+    )
 
 
-def _from_arguments(shortcut: Shortcut, call: Call) -> Callable[..., Tensor | Attention]:
-    """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked."""
+def _from_arguments(shortcut: Shortcut, call: Call, spelled_out: bool) -> Callable[..., Tensor | Attention]:
+    """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked, or a mask of
+    a shape that was, spelled_out."""
     problem = call.problem
     slots, device = problem.schedule.slots, "cpu" if problem.device_type == "cpu" else call.query.device
     sizes = problem.batch, problem.heads, problem.q_length, problem.k_length, device
     if not call.blhd and call.bias is None and call.alibi_slopes is None and call.sinks is None:
+        if spelled_out:
+            return lambda q, k, v, mask: shortcut(q, k, v, (of_rank_4(mask),))
         if slots:
             return lambda q, k, v, pattern: shortcut(q, k, v, pattern.fitted(*sizes))
         return lambda q, k, v, pattern: shortcut(q, k, v, ())
+    if not call.blhd and not slots and call.alibi_slopes is None and call.sinks is None:
+        return lambda q, k, v, pattern, bias, *none: shortcut(q, k, v, (), of_rank_4(bias), *none)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *extras: Tensor | None) -> Tensor | Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Any, *extras: Tensor | None) -> Tensor | Attention:
         # causal=True changes the atoms, not the operands.
-        operands = pattern.fitted(*sizes) if slots else ()
+        operands = (of_rank_4(pattern),) if spelled_out else pattern.fitted(*sizes) if slots else ()
         if extras:
             bias, alibi_slopes, sinks = extras
-            extras = bias_of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
+            extras = None if bias is None else of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
         if not call.blhd:
             return shortcut(q, k, v, operands, *extras)
         result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), operands, *extras)

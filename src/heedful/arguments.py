@@ -95,7 +95,7 @@ def prepare(
     whole.validate(batch, heads, q_length, k_length)
     if bias is not None:
         _check_extra("bias", bias, query, "(B, H, Lq, Lk)", pairs)
-        bias = bias_of_rank_4(bias)
+        bias = of_rank_4(bias)
     if alibi_slopes is not None:
         per_item = isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2
         axes, shape = ("(B, H)", (batch, heads)) if per_item else ("(H,)", (heads,))
@@ -140,6 +140,7 @@ def prepare(
         query.device.type,
         whole.schedule,
         frozenset([feature for feature, used in needed.items() if used]),
+        whole if whole.schedule.slots and not torch.compiler.is_compiling() and whole.is_constant else None,
     )
     return Call(
         problem,
@@ -176,9 +177,9 @@ def resolve_pattern(pattern: Pattern | Tensor | None, causal: bool) -> Pattern:
     return pattern & Causal() if causal else pattern
 
 
-def bias_of_rank_4(bias: Tensor | None) -> Tensor | None:
-    """The bias with dimensions of size 1 in front, as many as it lacks of (B, H, Lq, Lk)."""
-    return bias if bias is None or bias.ndim == 4 else bias[(None,) * (4 - bias.ndim)]
+def of_rank_4(tensor: Tensor) -> Tensor:
+    """A bias or a mask with dimensions of size 1 in front, as many as it lacks of (B, H, Lq, Lk)."""
+    return tensor if tensor.ndim == 4 else tensor[(None,) * (4 - tensor.ndim)]
 
 
 def slopes_of_rank_4(alibi_slopes: Tensor | None) -> Tensor | None:

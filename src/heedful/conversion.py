@@ -48,7 +48,8 @@ class Entry(NamedTuple):
 class ConversionReport:
     """What `heedful.convert` did and what it left alone; printable, and the way back.
 
-    entries: one for each module that was considered, in the order of the model.
+    Attributes:
+        entries: one for each module that was considered, in the order of the model.
     """
 
     def __init__(self) -> None:

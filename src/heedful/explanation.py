@@ -12,9 +12,13 @@ from heedful.problem import Problem
 class Explanation:
     """What a call would run, and why not the others.
 
-    backend: the name of the backend that would run; None where `heedful.attention` would raise UnsupportedError.
-    reasons: for every backend, why it cannot run the call; an empty list where it can.
-    notes: what else there is to know: pieces that run dense, casts, slower roads.
+    Attributes:
+        backend: the name of the backend that would run; None where `heedful.attention` would raise UnsupportedError.
+        reasons: for every backend, why it cannot run the call; an empty list where it can.
+        notes: what else there is to know: pieces that run dense, casts, slower roads.
+        problem: what the call is, as the backends are asked about it.
+        pattern: the call's pattern, as it prints.
+        density: the share of the pairs that the pattern allows.
     """
 
     backend: str | None

@@ -14,7 +14,7 @@ from heedful.cache_kinds.contiguous import Contiguous
 from heedful.cache_kinds.paged import Paged
 from heedful.cache_kinds.pool import Pool
 from heedful.cache_kinds.ring import Ring
-from heedful.cache_kinds.store import Store, as_list
+from heedful.cache_kinds.store import Store, as_list, on_device
 from heedful.errors import wrong_type, wrong_value
 from heedful.patterns import Causal, Full, Padding, Pattern, SlidingWindow
 from heedful.patterns.aligned import Aligned
@@ -50,12 +50,13 @@ class KVCache:
     and what a pattern aligns with the end of the keys is aligned with the end of each item's. Masks, block maps and
     documents are the same for all items.
 
-    Three kinds:
-        contiguous: one buffer, which doubles where it is full. Where all items have the same length, a call costs what
-            it costs without a cache and two copies of what is new.
-        ring (`window`): memory is bounded by the window, and every pattern is `& SlidingWindow(window, None)`.
-        paged (`block_size`): blocks of that many positions, taken out of a pool as items grow, given back by `free`,
-            `crop` and `reset`, and shared by the items that `reorder` makes of one.
+    There are three kinds:
+
+    - contiguous: one buffer, which doubles where it is full. Where all items have the same length, a call costs what
+      it costs without a cache and two copies of what is new.
+    - ring (`window`): memory is bounded by the window, and every pattern is `& SlidingWindow(window, None)`.
+    - paged (`block_size`): blocks of that many positions, taken out of a pool as items grow, given back by `free`,
+      `crop` and `reset`, and shared by the items that `reorder` makes of one.
 
     Under torch.compile a call with a cache runs outside the graph, and `fullgraph=True` refuses it. Inputs that need a
     gradient are refused.
@@ -166,6 +167,13 @@ class KVCache:
         if fitting != self._fitting:
             self._check(k, v)
             self._fitting = fitting
+        if k.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise wrong_value(
+                "cache",
+                "a call that becomes part of a CUDA graph",
+                "calls outside of one, as it keeps lengths in Python, which replays would not change "
+                "(heedful.flash_attn.flash_attn_with_kvcache takes them as a tensor)",
+            )
         if _is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise no_gradient()
         store = self._store or self._make(k, v)
@@ -259,7 +267,7 @@ class KVCache:
         if self.window is not None:
             pattern = pattern & self._band
         lengths = [self._lengths] if isinstance(self._lengths, int) else self._lengths
-        stop = torch.tensor(lengths, dtype=torch.int32, device=store.key.device)
+        stop = on_device(lengths, torch.int32, store.key.device)
         offset = stop - q_length
         starts = None if self._starts is None else self._starts.to(store.key.device)
         pattern = Aligned(pattern, offset, stop, starts, length)

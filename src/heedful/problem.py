@@ -45,11 +45,12 @@ def known(condition: bool) -> bool:
 class Attention(NamedTuple):
     """What `heedful.attention` returns when more than the output is asked for.
 
-    out: as the call without return_lse and return_weights returns it.
-    lse: (B, H, Lq), float32 (float64 for float64 inputs): the natural logarithm of each row's sum of
-        exponentials, -inf for a row with no key and no sink. None unless return_lse.
-    weights: (B, H, Lq, Lk) in the inputs' dtype, after dropout; for return_weights="sparse" a coalesced COO tensor
-        that holds the attended pairs alone. None unless return_weights.
+    Attributes:
+        out: as the call without return_lse and return_weights returns it.
+        lse: (B, H, Lq), float32 (float64 for float64 inputs): the natural logarithm of each row's sum of
+            exponentials, -inf for a row with no key and no sink. None unless return_lse.
+        weights: (B, H, Lq, Lk) in the inputs' dtype, after dropout; for return_weights="sparse" a coalesced COO
+            tensor that holds the attended pairs alone. None unless return_weights.
     """
 
     out: Tensor
@@ -74,6 +75,9 @@ class Problem(NamedTuple):
     device_type: str
     schedule: Schedule
     features: frozenset[str]
+    constant: Pattern | None = None
+    """The pattern where the schedule refers to tensors that follow from the pattern's ints alone, as BigBird's do.
+    None in a traced call."""
 
     @property
     def pairs(self) -> int:

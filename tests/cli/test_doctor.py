@@ -90,3 +90,81 @@ def test_threads_without_cpus_are_warnings():
     assert quota.remedy == "set OMP_NUM_THREADS=1"
     assert affinity.remedy == "set OMP_NUM_THREADS=2"
     assert thread_problems({"torch_threads": 2, "cgroup_quota_cpus": None, "affinity": None}) == []
+
+
+def gpu_of(monkeypatch, **changes):
+    """What doctor's text says of GPUs, on a machine with one that is made up."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from heedful.measure import machine
+
+    properties = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: changes.get("count", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", changes.get("memory", lambda index: (60 * 2**30, 80 * 2**30)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(machine, "_triton", lambda: changes.get("triton", {"version": "3.6.0", "reason": None}))
+    backend = {"name": "triton", "available": True, "reason": None}
+    monkeypatch.setattr(machine, "_gpu_backend", lambda: changes.get("backend", backend))
+    from heedful.cli.diagnosis import _gpu
+
+    found = machine.gpu()
+    json.dumps(found)
+    return found, _gpu(found)
+
+
+def test_a_gpu_is_shown(monkeypatch):
+    found, lines = gpu_of(monkeypatch, count=2)
+    assert lines == [
+        "0: H100, capability 9.0, 132 multiprocessors, 60.0 GiB of 80.0 GiB free",
+        "1: H100, capability 9.0, 132 multiprocessors, 60.0 GiB of 80.0 GiB free",
+        "driver 580.65.06, torch for CUDA 13.0, Triton 3.6.0, heedful's kernels run here",
+    ]
+    assert found["why_none"] is None
+
+
+def test_what_is_missing_on_a_gpu_is_said(monkeypatch):
+    def busy(index):
+        raise RuntimeError("device is busy")
+
+    _, lines = gpu_of(
+        monkeypatch,
+        memory=busy,
+        triton={"version": None, "reason": "ImportError: no"},
+        backend={"name": "triton", "available": False, "reason": "triton is not installed"},
+    )
+    assert lines == [
+        "0: H100, capability 9.0, 132 multiprocessors, unknown of 80.0 GiB free",
+        "driver 580.65.06, torch for CUDA 13.0, no Triton: ImportError: no, "
+        "heedful's kernels do not: triton is not installed",
+    ]
+
+
+def test_without_a_gpu_there_is_one_line(monkeypatch):
+    import torch
+
+    from heedful.cli.diagnosis import _gpu
+    from heedful.measure import machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    found = machine.gpu()
+    (line,) = _gpu(found)
+    assert line.startswith("none usable (torch is ")
+    assert found["devices"] == []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert _gpu(machine.gpu()) == ["Apple GPU (MPS): PyTorch's own attention runs there"]
+
+
+def test_the_drivers_version(monkeypatch):
+    from heedful.measure import machine
+
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 13"
+    monkeypatch.setattr(machine, "_read", lambda path: text)
+    assert machine.driver_version() == "580.65.06"
+    monkeypatch.setattr(machine, "_read", lambda path: None)
+    assert machine.driver_version() is None

@@ -194,7 +194,7 @@ def test_the_causal_hint_leaves_appended_keys_in_sight(options) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
 
-def test_bool_masks_arrive_as_patterns_and_float_masks_as_a_bias(monkeypatch) -> None:
+def test_bool_masks_arrive_as_what_counts_and_float_masks_as_a_bias(monkeypatch) -> None:
     calls = attention_calls.record(monkeypatch)
     _, ours = pair(batch_first=True)
     tensors = sequences(ours, "batch first")
@@ -202,10 +202,10 @@ def test_bool_masks_arrive_as_patterns_and_float_masks_as_a_bias(monkeypatch) ->
     ours(*tensors, **masks(None, "bool", "batch first"), need_weights=False)
     ours(*tensors, **masks("float", "bool", "batch first"))
     ours(*tensors, **masks("float", "float", "batch first"))
-    assert [isinstance(call["pattern"], Mask) for call in calls] == [True, True, True, False]
+    assert [isinstance(call["pattern"], torch.Tensor) for call in calls] == [True, True, True, False]
     assert [call["bias"] is None for call in calls] == [True, True, False, False]
     assert [call["return_weights"] for call in calls] == [True, False, True, True]
-    assert calls[1]["pattern"].tensor.shape == (3, 1, 1, 7)
+    assert calls[1]["pattern"].shape == (3, 1, 1, 7)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

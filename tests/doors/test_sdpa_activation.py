@@ -664,3 +664,17 @@ def test_nothing_is_said_on_stderr():
     code += "torch.nn.functional.scaled_dot_product_attention(x, x, x); heedful.deactivate()"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_rows_are_there_when_the_recording_is_over():
+    q, k, v = qkv(2, 3, length=300)
+    with heedful.activate():
+        with record.recording() as first:
+            F.scaled_dot_product_attention(q, k, v)
+        F.scaled_dot_product_attention(q, k, v)
+        with record.recording() as second:
+            F.scaled_dot_product_attention(q, k, v)
+            assert [row["calls"] for row in first.rows()] == [1]
+        F.scaled_dot_product_attention(q, k, v)
+    for recorder in (first, second, second):
+        assert [row["calls"] for row in recorder.rows()] == [1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.cache_kinds.pool import Pool, blocks_like
-from heedful.cache_kinds.store import as_list, rounded_up
+from heedful.cache_kinds.store import as_list, on_device, rounded_up
 
 
 class Paged(Pool):
@@ -59,7 +59,7 @@ class Paged(Pool):
             have = len(table)
             if stop > have:
                 table.extend(self._taken() for _ in range(stop - have))
-                self.table[item, have:stop] = torch.tensor(table[have:], dtype=torch.int32, device=self.table.device)
+                self.table[item, have:stop] = on_device(table[have:], torch.int32, self.table.device)
 
     def _ready(self, lengths: list[int], count: int) -> bool:
         """Whether every item has blocks of its own for `count` more positions."""

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from heedful.cache_kinds.store import Store, as_list, columns, gather_pages, memory, rounded_up
+from heedful.cache_kinds.store import Store, as_list, columns, gather_pages, memory, on_device, rounded_up
 
 # Items up to which one new position of each is written item by item.
 _ONE_BY_ONE = 2
@@ -50,7 +50,7 @@ class Pool(Store):
                 self.key.select(0, block).select(1, row).copy_(key.select(0, item).squeeze(1))
                 self.value.select(0, block).select(1, row).copy_(value.select(0, item).squeeze(1))
             return
-        places = torch.tensor([blocks, rows], device=key.device)
+        places = on_device([blocks, rows], torch.int64, key.device)
         for pool, new in ((self.key, key), (self.value, value)):
             pool[places[0], :, places[1]] = new.squeeze(2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,14 @@ def as_list(lengths: int | list[int], batch: int) -> list[int]:
     return [lengths] * batch if isinstance(lengths, int) else lengths
 
 
+def on_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of Python's as a tensor, without waiting for the device that it is on."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 def columns(lengths: int | list[int], count: int, device: torch.device) -> Tensor:
     """The next `count` positions of each item: int64 (B or 1, count)."""
-    first = torch.tensor([lengths] if isinstance(lengths, int) else lengths, device=device)
+    first = on_device([lengths] if isinstance(lengths, int) else lengths, torch.int64, device)
     return first[:, None] + torch.arange(count, device=device)

@@ -11,6 +11,8 @@ from heedful import __version__
 from .benchmark import bench
 from .demonstration import demo
 from .diagnosis import doctor
+from .ladder import levels
+from .matrix import support
 from .running import SETTINGS, run
 from .tuning import tune
 
@@ -25,6 +27,8 @@ app.command()(doctor)
 app.command()(bench)
 app.command()(demo)
 app.command()(tune)
+app.command()(support)
+app.command()(levels)
 app.command(context_settings=SETTINGS)(run)
 
 

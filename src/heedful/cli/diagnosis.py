@@ -16,7 +16,7 @@ from heedful.measure import machine
 
 from .console import output
 
-BUILD_REMEDY = "reinstall heedful (pip install --force-reinstall --no-deps heedful), or in a source tree run make build"
+BUILD_REMEDY = "in a source tree run make build (or pip install --force-reinstall --no-deps .)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def diagnose() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "transformers": transformers,
-        "gpu": machine.gpu_line(),
+        "gpu": machine.gpu(),
         "openmp_runtimes": runtimes,
         "backends": backends,
         "problems": [asdict(problem) for problem in problems],
@@ -154,9 +154,7 @@ def _transformers(problems: list[Problem]) -> dict[str, Any]:
 
         found["registered"] = "heedful" in AttentionInterface().valid_keys()
     except Exception as error:  # any failure of a foreign package is a finding, not the end of the report
-        problems.append(
-            Problem("warning", f"import heedful.hf failed: {error}", "pip install 'heedful[hf]' for a tested version")
-        )
+        problems.append(Problem("warning", f"import heedful.hf failed: {error}", "pip install 'transformers>=5.8'"))
     return found
 
 
@@ -191,7 +189,8 @@ def _print(report: dict[str, Any]) -> None:
     registered = 'attn_implementation="heedful" is registered by import heedful.hf'
     missing = "not installed" if hub["version"] is None else f"{hub['version']}, heedful is not registered"
     line("transformers", f"{hub['version']}, {registered}" if hub["registered"] else missing)
-    line("GPU", report["gpu"])
+    for text in _gpu(report["gpu"]):
+        line("GPU", text)
     engine = report["engine"]
     line("engine", f"{engine['version'] or 'not loaded'} from {engine['path']}")
     cap = f" (capped by HEEDFUL_ISA={engine['isa_cap']})" if engine["isa_cap"] else ""
@@ -206,6 +205,29 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"  remedy: {escape(problem['remedy'])}")
     if not report["problems"]:
         console.print("[green]no problems found[/]")
+
+
+def _gpu(gpu: dict[str, Any]) -> list[str]:
+    """A line for each device and one for what runs on them, or one that says why there is none."""
+    if not gpu["devices"]:
+        return [gpu["why_none"]]
+    lines = [
+        f"{index}: {device['name']}, capability {device['capability']}, {device['multiprocessors']} multiprocessors, "
+        f"{_gibibytes(device['memory_free'])} of {_gibibytes(device['memory_total'])} free"
+        for index, device in enumerate(gpu["devices"])
+    ]
+    triton, backend = gpu["triton"], gpu["backend"]
+    what = [
+        f"driver {gpu['driver'] or 'unknown'}",
+        f"torch for CUDA {gpu['cuda']}",
+        f"Triton {triton['version']}" if triton["version"] else f"no Triton: {triton['reason']}",
+        "heedful's kernels run here" if backend["available"] else f"heedful's kernels do not: {backend['reason']}",
+    ]
+    return [*lines, ", ".join(what)]
+
+
+def _gibibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def _cache(cache: dict[str, Any]) -> str:

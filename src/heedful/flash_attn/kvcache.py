@@ -14,6 +14,7 @@ from heedful.cache_kinds.store import columns
 from heedful.cached import deciding
 from heedful.choose import choose
 from heedful.errors import wrong_type, wrong_value
+from heedful.flash_attn import on_device
 from heedful.flash_attn.arguments import UNLIMITED, Window, scale_or_none, softcap_or_none, window_pattern
 from heedful.flash_attn.calls import cache_call, check_cache, check_slopes, run, without_backward
 from heedful.flash_attn.held import Held
@@ -75,6 +76,9 @@ def flash_attn_with_kvcache(
         alibi_slopes: (H,) or (B, H) in float32 or q's dtype.
         num_splits: 0 or more; the engine splits keys by its own rule, so that results do not depend on it.
         return_softmax_lse: whether to return (out, softmax_lse).
+
+    On a GPU the contents of cache_seqlens, cache_batch_idx, cache_leftpad and block_table are not looked at: the call
+    does not wait for the device, and as part of a CUDA graph follows what is written into them.
 
     Returns:
         out (B, Lq, H, Dv); with return_softmax_lse also softmax_lse (B, H, Lq) as `flash_attn_func` has it.
@@ -155,6 +159,11 @@ def _attend(
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         plan = _plans[key] = _Plan(q, k, scale, within, softcap, return_lse)
+    if not (q.is_cpu or (not isinstance(where[0], Tensor) and all(given is None for given in where[1:]))):
+        return on_device.attend(
+            q, k_cache, v_cache, k, v, cos, sin, interleaved, plan.turns_each, where, alibi_slopes, plan.pattern,
+            scale, softcap, return_lse,
+        )  # fmt: skip
     held = Held(q.shape[0], k_cache, plan.count, *where)
     if k is not None and v is not None:
         if cos is not None and sin is not None:

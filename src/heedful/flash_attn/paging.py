@@ -43,21 +43,28 @@ def attend_packed(
     """q (total_q, H, D) over pools k (blocks, P, Hkv, D) and v (blocks, P, Hkv, Dv): out (total_q, H, Dv) and lse
     (H, total_q)."""
     # There is no last key, as the blocks have room for more.
+    if not q.is_cpu:
+        cu_seqlens_q, cu_seqlens_k, block_table = (
+            t.to(q.device) if isinstance(t, Tensor) else t for t in (cu_seqlens_q, cu_seqlens_k, block_table)
+        )
     packing = packing_of(cu_seqlens_q, cu_seqlens_k, q.shape[0], LARGEST)
     check_longest(packing, max_seqlen_q)
     check_cache(("k", "v"), q, k, v)
     blocks, block_size = k.shape[:2]
     lengths = packing.cu_k.diff()
     check_table(block_table, packing.sequences)
-    check_blocks(block_table, lengths.tolist(), block_size, blocks)
+    if packing.known:
+        check_blocks(block_table, lengths.tolist(), block_size, blocks)
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, q, packing.sequences, "sequences")
-    if packing.longest[1] > block_table.shape[1] * block_size:
+    if packing.known and packing.longest[1] > block_table.shape[1] * block_size:
         room = f"at most {block_table.shape[1]} blocks of {block_size} keys to a sequence"
         raise wrong_value("cu_seqlens_k", f"{packing.longest[1]} keys", room)
     with torch.no_grad():
         tensors = q, k.transpose(1, 2), v.transpose(1, 2), lengths, block_table.to(torch.int32)
-        alike = int(packing.cu_q[-1]) == packing.total_q == packing.sequences * packing.longest[0] > 0
+        alike = packing.known and (
+            int(packing.cu_q[-1]) == packing.total_q == packing.sequences * packing.longest[0] > 0
+        )
         attend = _by_item if alike else _in_one
         found = attend(*tensors, packing, within, scale, softcap, alibi_slopes)
     if not torch.is_grad_enabled():
@@ -113,8 +120,12 @@ def _in_one(
     """All sequences in one batch item, whose pages are all of theirs one after the other: what the last block of each
     has left are the keys of a sequence without queries."""
     size = key.shape[2]
-    counts = (lengths + size - 1) // size
-    pages = table[torch.arange(table.shape[1]) < counts[:, None]][None]
+    if packing.known:
+        counts = (lengths + size - 1) // size
+        pages = table[torch.arange(table.shape[1]) < counts[:, None]][None]
+    else:
+        # How many blocks have keys is not looked at: the others are left too.
+        counts, pages = torch.full_like(lengths, table.shape[1]), table.reshape(1, -1)
     first = size * (counts.cumsum(0) - counts)
     k_length = pages.shape[1] * size
     cu_q, cu_k = packing.cu_q, torch.stack([first, first + lengths], 1).flatten()

@@ -185,7 +185,7 @@ def _attend_by_sequence(
         return_weights=return_weights,
     )
     slopes = alibi_slopes[packing.sequence_of_query].T if alibi_slopes.ndim == 2 else alibi_slopes[:, None]
-    call.alibi_slopes, call.query_offset = slopes[None, :, :, None], packing.query_offset
+    call.alibi_slopes, call.query_offset = slopes[None, :, :, None], packing.query_offset.to(q.device)
     features = call.problem.features | {"alibi"}
     if torch.is_grad_enabled() and alibi_slopes.requires_grad:
         features |= {"gradient"}

@@ -89,6 +89,11 @@ class BufferLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        if key_states.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this cache keeps its length in Python, which replays of a CUDA graph would not change: capture a "
+                "model with transformers.StaticCache"
+            )
         count, seen = key_states.shape[2], self._first_seen()
         end = self._length + count - self._base
         if end > self._key.shape[2]:

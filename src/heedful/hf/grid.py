@@ -44,4 +44,5 @@ class Grid:
         elif shift == 0:
             self.offset = 0
         else:
-            self.offset = torch.tensor([shift], dtype=torch.int32, device=device)
+            # Filled, not copied, which waits for a device.
+            self.offset = torch.full((1,), shift, dtype=torch.int32, device=device)

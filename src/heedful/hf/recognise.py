@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from heedful.cache_kinds.store import on_device
 from heedful.hf.grid import Grid
 from heedful.hf.rectangles import MOST_RECTANGLES, Rectangles, come_back, runs
 from heedful.patterns import Causal, Chunked, Documents, Full, Padding, Pattern, Prefix, SlidingWindow
@@ -306,8 +307,8 @@ def _blocks(cells: Cells, grid: Grid) -> Pattern | None:
 
 
 def _documents(q_bounds: list[int], k_bounds: list[int] | None, grid: Grid, within: Pattern | None = None) -> Pattern:
-    cu_q = torch.tensor(q_bounds, dtype=torch.int32, device=grid.device)
-    cu_k = None if k_bounds is None else torch.tensor(k_bounds, dtype=torch.int32, device=grid.device)
+    cu_q = on_device(q_bounds, torch.int32, grid.device)
+    cu_k = None if k_bounds is None else on_device(k_bounds, torch.int32, grid.device)
     return Documents(cu_q, cu_k, within=Full() if within is None else within)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 import re
@@ -164,16 +165,69 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def gpu_line() -> str:
-    """One line about accelerators that this torch can use."""
+def gpu() -> dict[str, Any]:
+    """What accelerators this torch can use, as JSON-serialisable data.
+
+    devices: name, capability, multiprocessors, memory in bytes; why_none: a line where there is none, otherwise None;
+    driver and cuda: versions; triton and backend: whether heedful's kernels have what they need, or the reason.
+    """
     import torch
 
+    devices = []
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)} ({torch.cuda.device_count()} device(s))"
-    if torch.backends.mps.is_available():
-        return "Apple GPU (MPS)"
-    built = "built for CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
-    return f"none usable (torch is {built})"
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            try:
+                free: int | None = torch.cuda.mem_get_info(index)[0]
+            except RuntimeError:  # such as a device that another process has to itself
+                free = None
+            devices.append(
+                {
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "multiprocessors": properties.multi_processor_count,
+                    "memory_total": properties.total_memory,
+                    "memory_free": free,
+                }
+            )
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    why_none = None
+    if not devices:
+        on_metal = "Apple GPU (MPS): PyTorch's own attention runs there"
+        why_none = on_metal if torch.backends.mps.is_available() else f"none usable (torch is {built})"
+    return {
+        "devices": devices,
+        "why_none": why_none,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "triton": _triton(),
+        "backend": _gpu_backend(),
+    }
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's kernel driver, None where there is none."""
+    text = _read("/proc/driver/nvidia/version") or ""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
+    return found.group(1) if found else None
+
+
+def _triton() -> dict[str, str | None]:
+    try:
+        return {"version": str(importlib.import_module("triton").__version__), "reason": None}
+    except Exception as error:  # whatever a package that is broken raises
+        return {"version": None, "reason": f"{type(error).__name__}: {error}"}
+
+
+def _gpu_backend() -> dict[str, Any]:
+    """Whether heedful's backend for CUDA tensors can run in this process."""
+    from heedful.choose import BACKENDS, UNAVAILABLE
+
+    names = [name for name, backend in BACKENDS.items() if backend.devices and "cuda" in backend.devices]
+    names = [name for name in names if name != "reference"]
+    if not names:
+        return {"name": None, "available": False, "reason": "this heedful has none"}
+    return {"name": names[0], "available": names[0] not in UNAVAILABLE, "reason": UNAVAILABLE.get(names[0])}
 
 
 def environment() -> dict[str, Any]:

@@ -63,6 +63,8 @@ def run_case(case: Case, *, threads: int, other_threads: int, seconds: float) ->
     """Check one case, time it against the best SDPA call, and time a suspected loss again for longer."""
     import torch
 
+    from heedful import attention
+
     pattern, tensors = case.make_pattern(), case.make_tensors()
     density = 1.0 if pattern is None else pattern.density(case.q_length, case.k_length)
     with torch.set_grad_enabled(case.gradients):
@@ -83,8 +85,6 @@ def run_case(case: Case, *, threads: int, other_threads: int, seconds: float) ->
         peer = best_sdpa(pattern, *tensors[:3], bias=tensors.bias, grad_out=wanted)
 
         def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            from heedful import attention
-
             return attention(q, k, v, pattern=pattern, bias=tensors.bias)
 
         checks = _checks(case, tensors, pattern, ours, peer.call, grad_out)

@@ -57,7 +57,9 @@ class MACoreAttention(nn.Module):
             UnsupportedError: without `fallback_training`, where the engine cannot run the call.
         """
         _check_shapes(query, key, value, "(B, S, H, D)")
-        backend = "native" if self.training and not self.fallback_training else None
+        backend = None
+        if self.training and not self.fallback_training:
+            backend = "triton" if query.is_cuda else "native"
         return attention(query, key, value, pattern=self.pattern, layout="blhd", backend=backend).contiguous()
 
     def extra_repr(self) -> str:

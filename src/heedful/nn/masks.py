@@ -13,9 +13,10 @@ from heedful.patterns import Mask, Pattern
 
 
 class Allowed(NamedTuple):
-    """Which pairs count, and what is added to their scores; None for all and for nothing."""
+    """Which pairs count, and what is added to their scores; None for all and for nothing. A mask alone stays a bool
+    tensor: making a pattern of it takes as long as a tiny call."""
 
-    pattern: Pattern | None
+    pattern: Pattern | Tensor | None
     bias: Tensor | None
 
 
@@ -64,7 +65,9 @@ def append_keys(
 ) -> Allowed:
     """The same for `count` keys more at the end that every query sees."""
     pattern, bias = allowed
-    if pattern is not None:
+    if isinstance(pattern, Tensor):
+        pattern = F.pad(pattern.expand(*pattern.shape[:-1], k_length), (0, count), value=True)
+    elif pattern is not None:
         # Patterns count from the last key, which is another one then: only their pairs are still what was meant.
         pattern.validate(batch, heads, q_length, k_length)
         pattern = Mask(F.pad(pattern.dense(q_length, k_length, device), (0, count), value=True))
@@ -74,7 +77,10 @@ def append_keys(
 def _add(allowed: Allowed, mask: Tensor) -> Allowed:
     pattern, bias = allowed
     if mask.dtype == torch.bool:
-        return Allowed(both(pattern, Mask(mask.logical_not())), bias)
+        allows = mask.logical_not()
+        if pattern is None:
+            return Allowed(allows, bias)
+        return Allowed((Mask(pattern) if isinstance(pattern, Tensor) else pattern) & Mask(allows), bias)
     return Allowed(pattern, mask if bias is None else bias + mask)
 
 

@@ -18,11 +18,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     Constructor, parameters, state_dict and initialisation are that class's, and it goes into a
     torch.nn.TransformerEncoder. It runs module by module in training and in evaluation: torch's fused layer knows no
-    pattern.
+    pattern. All arguments but `pattern` are torch.nn.TransformerEncoderLayer's.
 
     Args:
-        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
-            dtype: as torch.nn.TransformerEncoderLayer.
         pattern: which positions see which, besides the masks of a call. None is all.
 
     Raises:
@@ -88,7 +86,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             As src.
 
         Raises:
-            What `MultiheadAttention.forward` raises.
+            AssertionError, RuntimeError, ValueError, TypeError: as `MultiheadAttention.forward`.
         """
         x = src
         if self.norm_first:

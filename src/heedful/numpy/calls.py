@@ -16,10 +16,12 @@ from heedful.patterns.arrays import as_numpy_operand
 class Attention(NamedTuple):
     """What a call with return_lse or return_weights returns.
 
-    out: as without them.
-    lse: (B, H, Sq), (H, Sq) or (Sq,) for inputs of 4, 3 or 2 dimensions: the natural logarithm of each row's sum of
-        exponentials, float32 (float64 for float64), -inf for a row with no key and no sink. None unless return_lse.
-    weights: (B, H, Sq, Sk), (H, Sq, Sk) or (Sq, Sk), in the output's precision. None unless return_weights.
+    Attributes:
+        out: as without them.
+        lse: (B, H, Sq), (H, Sq) or (Sq,) for inputs of 4, 3 or 2 dimensions: the natural logarithm of each row's sum
+            of exponentials, float32 (float64 for float64), -inf for a row with no key and no sink. None unless
+            return_lse.
+        weights: (B, H, Sq, Sk), (H, Sq, Sk) or (Sq, Sk), in the output's precision. None unless return_weights.
     """
 
     out: Any

@@ -34,14 +34,16 @@ _MAX_THREADS = 4096
 class LastCall(NamedTuple):
     """How a call got at its arrays.
 
-    copied: by argument, why it was copied; empty where the engine read and wrote the caller's memory. "out" is there
-        where the result was computed elsewhere and then copied.
+    Attributes:
+        copied: by argument, why it was copied; empty where the engine read and wrote the caller's memory. "out" is
+            there where the result was computed elsewhere and then copied.
     """
 
     copied: Mapping[str, str]
 
     @property
     def zero_copy(self) -> bool:
+        """Whether nothing was."""
         return not self.copied
 
 

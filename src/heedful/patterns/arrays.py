@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from heedful.patterns.moved import moved
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -82,7 +84,20 @@ def as_tensor(array: Array, device: torch.device | str) -> Tensor:
 
 def as_operand(array: Array, device: torch.device | str) -> Tensor:
     """The tensor that a schedule's slot refers to, on a device: bool (4-D) as it is, ints as int32 (n,)."""
-    tensor = as_tensor(array, device)
+    if device == "cpu" or not is_elsewhere(array, device) or is_tracing():
+        return _in_form(as_tensor(array, device))
+    source = as_tensor(array, "cpu")
+    return moved(source, _in_form(source), _torch.device(device))
+
+
+def is_elsewhere(array: Array, device: torch.device | str) -> bool:
+    """Whether an array is on the host and a device is not."""
+    return (device if isinstance(device, str) else device.type)[:3] != "cpu" and (
+        isinstance(array, np.ndarray) or (array.is_cpu and type(array) is _torch.Tensor)
+    )
+
+
+def _in_form(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4:
         return tensor
     tensor = tensor.int()

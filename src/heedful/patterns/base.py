@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from heedful.patterns.arguments import check_per_batch
 from heedful.patterns.arrays import as_operand, is_array, is_tensor, is_tracing, same
+from heedful.patterns.moved import held
 from heedful.patterns.schedule import BLOCKS, DOCUMENTS, MASK, Schedule
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Pattern(ABC):
     @final
     def operands(self, q_length: int, k_length: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """The tensors that the schedule's slots refer to, in their order, on a device: int32 (1-D) or bool (4-D)."""
-        return tuple([as_operand(array, device) for array in self.arrays(q_length, k_length)])
+        return held(tuple([as_operand(array, device) for array in self.arrays(q_length, k_length)]))
 
     def validate(self, batch: int, heads: int, q_length: int, k_length: int) -> None:
         """Raises ValueError where the pattern does not fit a call of these sizes."""
@@ -124,7 +125,7 @@ class Pattern(ABC):
             call = None
         kept = self._kept
         if kept is not None and kept[0] == call:
-            return kept[1]
+            return held(kept[1])
         self.validate(batch, heads, q_length, k_length)
         operands = self.operands(q_length, k_length, device)
         self._kept = (call, operands) if call is not None and self._follows(operands) else None
@@ -142,6 +143,11 @@ class Pattern(ABC):
         for value in self.arguments:
             found += value._within if isinstance(value, Pattern) else [value] if is_array(value) else []
         return tuple(found)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its ints are all that decides: no tensor is among what it was made of."""
+        return not self._within
 
     def density(self, q_length: int, k_length: int) -> float:
         """The share of (query, key) pairs that the pattern allows, exactly; 0.0 where there are no pairs."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from heedful.backend import sdpa as sdpa_backend
 from heedful.backend.native import library, prefer
-from heedful.sdpa import fast_path, patched
+from heedful.sdpa import call, fast_path, patched
 from heedful.sdpa.call import torch_sdpa
 
 NAME = "heedful"
@@ -58,8 +58,9 @@ def activate() -> Activation:
 
     `torch.nn.functional.scaled_dot_product_attention` and what is built on it (nn.MultiheadAttention,
     nn.TransformerEncoder and its fast path, torch.compile with any backend, autograd) then runs on heedful's engine
-    for CPU tensors where that is faster, with the same results up to rounding. Calls nest: as many `deactivate` as
-    `activate` restore what was there. As a context manager::
+    for CPU tensors where that is faster, with the same results up to rounding; on a GPU, calls through the public name
+    of the function run on heedful's kernels where these are. Calls nest: as many `deactivate` as `activate` restore
+    what was there. As a context manager:
 
         with heedful.activate():
             model(inputs)
@@ -143,7 +144,10 @@ def _limits() -> Tensor:
     table = prefer.load_table()
     if table is None:
         return torch.tensor([_NEVER] * 4 + [0, 0])
-    pairs = [table["few_pairs"][name] for name in ("float32", "bfloat16", "float16", "float64")]
+    # Behind PyTorch's own function there is less to make good for wide types.
+    wide, narrow = call.FEW_PAIRS_WIDE // 2, call.FEW_PAIRS
+    fewest = {"float32": wide, "bfloat16": narrow, "float16": narrow, "float64": wide}
+    pairs = [max(few, table["few_pairs"][name]) for name, few in fewest.items()]
     return torch.tensor([*pairs, table["few_queries"], table["cached_bytes"]])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter, functional
 from torch.overrides import handle_torch_function
 
-from heedful.api import attention, forgetters
+from heedful.api import attention, forgetters, make_shortcut
 from heedful.arguments import DTYPES, autocast_dtype
+from heedful.backend.base import Shortcut
 from heedful.backend.native.prefer import engine_pays, load_table
 from heedful.choose import UNAVAILABLE
 from heedful.patterns import Causal, Mask, Pattern
+from heedful.sdpa import elsewhere
 from heedful.sdpa.masks import read_mask
 from heedful.sdpa.shapes import (
     REFUSED,
@@ -58,8 +60,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` to the letter, on heedful's engine where that is faster.
 
     A mask is read at every call: one that is a band (causal, a window, with padding of keys or without) is never
-    looked at again, and of any other the tiles that exclude every pair cost nothing. A call that heedful does not run,
-    such as one on a GPU, one under a function transform or one with wrong arguments, is PyTorch's, with PyTorch's
+    looked at again, and of any other the tiles that exclude every pair cost nothing. On a GPU masks are not read, and
+    calls run on heedful's kernels where these were measured to be faster, otherwise on PyTorch's. A call that heedful
+    does not run, such as one under a function transform or one with wrong arguments, is PyTorch's, with PyTorch's
     result or error.
 
     Args:
@@ -78,7 +81,7 @@ def scaled_dot_product_attention(
         (N, ..., Hq, L, Ev), with the memory layout that PyTorch gives it.
 
     Raises:
-        What PyTorch raises, which is asked wherever an argument is not as above.
+        RuntimeError, TypeError, ValueError: as PyTorch, which is asked wherever an argument is not as above.
     """
     if _has_torch_function(query, key, value, attn_mask):
         if any(isinstance(t, Tensor) and not _is_plain(t) for t in (query, key, value, attn_mask)):
@@ -89,7 +92,7 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p,
             is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    if not is_torchs_at_a_glance(query, key, value, dropout_p):
+    if not is_torchs_at_a_glance(query, key, value, attn_mask, dropout_p):
         found = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if isinstance(found, Tensor):
             return found
@@ -113,26 +116,37 @@ def call_torch(
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def is_torchs_at_a_glance(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
-    """Whether calls of these sizes were seen to be PyTorch's because they are small, with a mask or without."""
+def is_torchs_at_a_glance(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> bool:
+    """Whether calls of these sizes were seen to be PyTorch's because they are small."""
     if _is_dynamo_compiling():
         return False
     if _tracing_state() is not None:
         # torch.jit.trace warns of every size that is looked at.
         return True
     try:
-        return (query.shape, key.shape, value.shape, query.dtype) in _small and dropout_p == 0
+        sizes = query.shape, key.shape, value.shape, query.dtype, attn_mask is None
+        return sizes in _small and dropout_p == 0 and query.is_cpu
     except AttributeError:
         return False
 
 
-def remember_small(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Calls of these sizes for which PyTorch has a kernel are PyTorch's from now on."""
+def remember_small(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Calls of these sizes for which PyTorch has a kernel are PyTorch's from now on; what is small without a mask is
+    small under one."""
     if len(_small) >= _MAX_REMEMBERED:
         _small.clear()
-    _small.add((query.shape, key.shape, value.shape, query.dtype))
+    for unmasked in (True, False) if attn_mask is None else (False,):
+        _small.add((query.shape, key.shape, value.shape, query.dtype, unmasked))
 
 
+# The engine makes good what stands in front of PyTorch's function here from so many pairs on: for 16-bit types, for
+# wide ones, for 16-bit types under a mask (benchmarks/sdpa_door.py). Wide types need so many pairs in each head too.
+FEW_PAIRS, FEW_PAIRS_WIDE, _FEW_PAIRS_UNDER_A_MASK = 512, 4096, 2048
+_FEW_PAIRS_OF_A_HEAD = 1024
+# Below so many reading a mask costs more than it saves.
+_FEWEST_READ = 1 << 15
 # Up to so many pairs PyTorch writes a masked call out in less time than it takes to read the mask.
 _FEW_MASKED_PAIRS = 4096
 
@@ -148,6 +162,8 @@ class Plan(NamedTuple):
     """Whether q, k and v are (B, H or a divisor, L, D) as they come."""
     tiny: bool
     """Whether PyTorch, although it has no kernel, is faster as long as no gradient is needed."""
+    shortcut: Shortcut | None = None
+    """`heedful.attention` past its checks, with the mask as it comes."""
 
 
 _plans: dict[Hashable, Plan | str] = {}
@@ -170,12 +186,13 @@ def attend(
     compiling = _is_dynamo_compiling()
     if not _flash_enabled():
         return "torch.nn.attention.sdpa_kernel leaves out the flash kernel, in whose place heedful stands"
-    if UNAVAILABLE:
-        return f"heedful's engine cannot run here: {UNAVAILABLE}"
     if not compiling:
         obstacle = find_obstacle(query, key, value, attn_mask)
         if obstacle is not None:
             return obstacle
+    on_cpu = query.is_cpu
+    if on_cpu and "native" in UNAVAILABLE:
+        return f"heedful's engine cannot run here: {UNAVAILABLE['native']}"
     if not (
         type(is_causal) is bool
         and type(enable_gqa) is bool
@@ -185,16 +202,25 @@ def attend(
     ):
         return REFUSED
     if _is_autocast_enabled():
-        cast = autocast_dtype(query.device.type)
-        if cast is not None:
-            query, key, value = (_cast(t, cast) for t in (query, key, value))
+        cast_to = autocast_dtype(query.device.type)
+        if cast_to is not None:
+            query, key, value = (_cast(t, cast_to) for t in (query, key, value))
             if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
-                attn_mask = _cast(attn_mask, cast)
+                attn_mask = _cast(attn_mask, cast_to)
+    if not on_cpu:
+        return elsewhere.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     arguments = query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
-    plan = _plan(*arguments) if compiling else _remembered_plan(*arguments)
+    plan = _plan(*arguments) if compiling else _remembered_plan(*arguments, scale)
     if isinstance(plan, str):
         return plan
-    batch, layout, four_dimensional, tiny = plan
+    batch, layout, four_dimensional, tiny, shortcut = plan
+    if shortcut is not None and type(query) is Tensor and type(key) is Tensor and type(value) is Tensor:
+        if attn_mask is None:
+            return cast(Tensor, shortcut(query, key, value, ()))
+        mask = mask_of_rank_4(attn_mask, batch)
+        if attn_mask.dtype == torch.bool:
+            return cast(Tensor, shortcut(query, key, value, (mask,)))
+        return cast(Tensor, shortcut(query, key, value, (), mask, None, None))
     if tiny and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         return SMALL
     q, k, v = (query, key, value) if four_dimensional else of_rank_4(query, key, value, batch)
@@ -234,8 +260,13 @@ def _remembered_plan(
     dropout_p: float,
     is_causal: bool,
     enable_gqa: bool,
+    scale: float | None,
 ) -> Plan | str:
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     kind = (
+        gradient,
+        scale,
+        _is_autocast_enabled(),
         query.shape,
         key.shape,
         value.shape,
@@ -252,13 +283,33 @@ def _remembered_plan(
     )
     plan = _plans.get(kind)
     if plan is None:
-        plan = _plan(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        plan = _plan(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, gradient)
+        if isinstance(plan, Plan) and not _is_autocast_enabled():
+            plan = plan._replace(shortcut=_shortcut(plan, query, key, value, attn_mask, is_causal, scale))
         if len(_plans) >= _MAX_REMEMBERED:
             _plans.clear()
         _plans[kind] = plan
-        if plan is SMALL or plan is SLOW:
-            remember_small(query, key, value)
+        # What is small without gradients is small with them, and not the other way round.
+        if plan is SLOW or (plan is SMALL and not gradient):
+            remember_small(query, key, value, attn_mask)
     return plan
+
+
+def _shortcut(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Shortcut | None:
+    if not plan.four_dimensional or plan.layout == "other":
+        return None
+    pattern: Pattern | Tensor | None = _FIRST_MEETS_FIRST if is_causal else None
+    bias = None
+    if mask is not None:
+        pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        if pairs >= _FEWEST_READ or is_causal or mask.requires_grad:
+            return None
+        mask = mask_of_rank_4(mask, plan.batch)
+        pattern, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+    q, k, v = (t.transpose(1, 2) if plan.layout == "blhd" else t for t in (query, key, value))
+    return make_shortcut(q, k, v, pattern=pattern, bias=bias, scale=scale, layout=plan.layout)
 
 
 def why_not_paying() -> str:
@@ -274,6 +325,7 @@ def _plan(
     dropout_p: float,
     is_causal: bool,
     enable_gqa: bool,
+    gradient: bool = False,
 ) -> Plan | str:
     dtype = query.dtype
     if dtype not in DTYPES or key.dtype != dtype or value.dtype != dtype:
@@ -292,10 +344,17 @@ def _plan(
         pairs = math.prod(batch) * query.shape[-2] * key.shape[-2]
         return Plan(batch, "bhld", False, tiny and pairs < _FEW_MASKED_PAIRS)
     # In a graph heedful.attention chooses, which knows what to do with sizes that are not known yet.
-    if not _is_dynamo_compiling() and not engine_pays(
-        dtype, query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3]
-    ):
-        return why_not_paying()
+    if not _is_dynamo_compiling():
+        (items, heads, q_length, head_dim), (_, kv_heads, k_length, _) = query.shape, key.shape
+        pairs, masked, wide = q_length * k_length, attn_mask is not None, dtype.itemsize > 2
+        few = FEW_PAIRS_WIDE if wide else _FEW_PAIRS_UNDER_A_MASK if masked else FEW_PAIRS
+        few_of_a_head = _FEW_PAIRS_OF_A_HEAD if masked and wide else 0
+        if (
+            items * heads * pairs < few
+            or pairs < few_of_a_head
+            or not engine_pays(dtype, items, heads, kv_heads, q_length, k_length, head_dim, gradient=gradient)
+        ):
+            return why_not_paying()
     return Plan(batch, memory_order(query), True, False)
 
 
@@ -304,8 +363,8 @@ def find_obstacle(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
     for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
         if not _is_plain(tensor):
             return "an argument is no plain tensor"
-        if not tensor.is_cpu:
-            return "a tensor is not on the CPU"
+        if not tensor.is_cpu if query.is_cpu else tensor.device != query.device:
+            return "tensors are on different devices"
         if tensor.layout is not torch.strided or tensor.is_nested:
             return "a tensor is nested or sparse"
     if _are_transforms_active():

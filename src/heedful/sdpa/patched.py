@@ -17,8 +17,15 @@ from torch.overrides import handle_torch_function
 
 from heedful.arguments import DTYPES
 from heedful.backend.native.prefer import engine_pays
-from heedful.sdpa import record
-from heedful.sdpa.call import attend, call_torch, find_obstacle, is_torchs_at_a_glance, remember_small, torch_sdpa
+from heedful.sdpa import call, record
+from heedful.sdpa.call import (
+    attend,
+    call_torch,
+    find_obstacle,
+    is_torchs_at_a_glance,
+    remember_small,
+    torch_sdpa,
+)
 from heedful.sdpa.shapes import MAX_HEAD_DIM, would_reach_flash
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -51,7 +58,7 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value, attn_mask, dropout_p,
             is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    if active and not is_torchs_at_a_glance(query, key, value, dropout_p) and isinstance(query, Tensor):
+    if active and not is_torchs_at_a_glance(query, key, value, attn_mask, dropout_p) and isinstance(query, Tensor):
         found = _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if found is not None:
             return found
@@ -73,12 +80,15 @@ def _attend(
         return None
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         return None
-    if would_reach_flash(query, key, value, attn_mask, dropout_p, enable_gqa):
+    if query.is_cpu and would_reach_flash(query, key, value, attn_mask, dropout_p, enable_gqa):
         if _is_dynamo_compiling() or query.dtype not in DTYPES:
             return None
         batch, heads, q_length, head_dim = query.shape
-        if not engine_pays(query.dtype, batch, heads, key.shape[1], q_length, key.shape[2], head_dim):
-            remember_small(query, key, value)
+        pairs = batch * heads * q_length * key.shape[2]
+        if pairs < (call.FEW_PAIRS if query.dtype.itemsize <= 2 else call.FEW_PAIRS_WIDE // 2) or not engine_pays(
+            query.dtype, batch, heads, key.shape[1], q_length, key.shape[2], head_dim
+        ):
+            remember_small(query, key, value, None)
             return None
         if attn_mask is None or attn_mask.dtype is not torch.bool:
             return None

@@ -64,6 +64,8 @@ class Recorder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[Kind, Count] = {}
+        # The engine's rows at the end of the recording; None while it goes on.
+        self._ended: list[list[int]] | None = None
 
     def add(self, taken: bool, what: str, query: object, key: object, seconds: float) -> None:
         self._add(Kind(taken, what, False, _dtype(query), _shape(query), _shape(key)), 1, seconds)
@@ -78,7 +80,8 @@ class Recorder:
         """JSON-serialisable, what took longest first."""
         with self._lock:
             counts = {kind: Count(count.calls, count.seconds) for kind, count in self._counts.items()}
-        for row in torch.ops.heedful.sdpa_calls(torch.tensor([1])).tolist():
+        ended = self._ended
+        for row in torch.ops.heedful.sdpa_calls(torch.tensor([1])).tolist() if ended is None else ended:
             backward, outcome, dtype, batch, heads, kv_heads, q_length, k_length, dim, calls, elapsed = row
             what = _SEEN[outcome] if outcome < len(_SEEN) else _LEFT[outcome]
             kind = Kind(
@@ -111,18 +114,18 @@ def recording() -> Iterator[Recorder]:
     if recorder is not None:
         raise RuntimeError("attention calls are being recorded already")
     library.load_operators()
-    recorder = Recorder()
+    recorder = counting = Recorder()
     torch.ops.heedful.sdpa_calls(torch.tensor([1]))
     before = functional.multi_head_attention_forward
     watching = _watching(before)
     functional.__dict__["multi_head_attention_forward"] = watching
     try:
-        yield recorder
+        yield counting
     finally:
         if functional.multi_head_attention_forward is watching:
             functional.__dict__["multi_head_attention_forward"] = before
         recorder = None
-        torch.ops.heedful.sdpa_calls(torch.tensor([0]))
+        counting._ended = torch.ops.heedful.sdpa_calls(torch.tensor([0])).tolist()
 
 
 def _watching(function: Callable[..., Any]) -> Callable[..., Any]:

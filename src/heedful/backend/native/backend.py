@@ -75,7 +75,7 @@ class NativeBackend(Backend):
             return _plain_gradient_shortcut(settings)
 
         if whole and not problem.features - {"bias", "alibi", "softcap", "sinks", "lse"}:
-            return _feature_shortcut(settings)
+            return _feature_shortcut(settings, problem.features - {"lse"} == {"bias"})
         gradient = "gradient" in problem.features
         bare = not (settings.lse or settings.weights)
 
@@ -194,7 +194,7 @@ def _plain_shortcut(settings: Settings) -> Shortcut:
     return run
 
 
-def _feature_shortcut(settings: Settings) -> Shortcut:
+def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
     forward: Any = torch.ops.heedful.attention_forward.default._op
     code, scale, softcap, blhd, with_lse = (
         list(settings.schedule), settings.scale, settings.softcap, settings.blhd, settings.lse
@@ -212,7 +212,13 @@ def _feature_shortcut(settings: Settings) -> Shortcut:
         out, lse = forward(q, k, v, operands, code, scale, blhd, bias, _slopes(alibi_slopes), sinks, softcap)
         return Attention(out, lse, None) if with_lse else out
 
-    return run
+    def run_biased(
+        q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...], bias: Tensor, *_: None
+    ) -> Tensor | Attention:
+        out, lse = forward(q, k, v, operands, code, scale, blhd, bias)
+        return Attention(out, lse, None) if with_lse else out
+
+    return run_biased if only_bias else run
 
 
 def _plain_gradient_shortcut(settings: Settings) -> Shortcut:

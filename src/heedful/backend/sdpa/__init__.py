@@ -92,7 +92,7 @@ def lower(problem: Problem) -> Lowering:
         enough = known(problem.k_length <= problem.q_length)
         return Lowering(dense=False, is_causal=True, k_length=None if enough else problem.q_length)
     if _is_small(problem):
-        return _small(problem.schedule, problem.q_length, problem.k_length, problem.dtype)
+        return _small(problem.schedule, problem.constant, problem.q_length, problem.k_length, problem.dtype)
     return Lowering(dense=True)
 
 
@@ -101,7 +101,9 @@ SMALL_PAIRS = 64 * 64
 
 
 def _is_small(problem: Problem) -> bool:
-    if torch.compiler.is_compiling() or problem.schedule.slots or problem.features - {"gradient"}:
+    if torch.compiler.is_compiling() or problem.features - {"gradient"}:
+        return False
+    if problem.schedule.slots and problem.constant is None:
         return False
     # SDPA's fused kernel takes no values of another width than keys, and its other way has no use for a mask.
     small = problem.device_type == "cpu" and problem.head_dim == problem.value_dim
@@ -109,12 +111,13 @@ def _is_small(problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _small(schedule: Schedule, q_length: int, k_length: int, dtype: torch.dtype) -> Lowering:
-    pairs = schedule.rows(0, q_length, q_length, k_length, ())
+def _small(schedule: Schedule, constant: Pattern | None, q_length: int, k_length: int, dtype: torch.dtype) -> Lowering:
+    operands = () if constant is None else constant.operands(q_length, k_length)
+    pairs = schedule.rows(0, q_length, q_length, k_length, operands)
     if pairs.all():
         return Lowering(dense=False)
-    # Rows and keys without a pair need more than a mask.
-    if not (pairs.any(-1).all() and pairs.any(-2).all()):
+    # Whatever keys without a pair hold must not touch the result. Rows without one are 0 in SDPA too.
+    if not pairs.any(-2).all():
         return Lowering(dense=True)
     mask = torch.zeros(pairs.shape, dtype=dtype).masked_fill_(~pairs, -torch.inf)
     return Lowering(dense=False, mask=mask)

@@ -41,7 +41,7 @@ def patch(model: nn.Module) -> PatchReport:
         model: the model, or one that contains it. Only this object changes, not its class.
 
     Returns:
-        What was done: `print` shows it, `.to_json()` is the same for programs, `.undo()` takes it back, as
+        What was done; `print` shows it, `.to_json()` is the same for programs, `.undo()` takes it back, as
         `heedful.hf.unpatch(model)` does. On a model that was patched before it says that nothing was left to do.
 
     Raises:
