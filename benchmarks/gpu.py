@@ -426,7 +426,9 @@ def decode() -> None:
         length = 16384
         sets = [tensors(batch, 32, 8, 1, length, 128) for _ in range(8 if batch == 1 else 2)]
 
-        def rotated(call: Callable[[Tensor, Tensor, Tensor], object]) -> Callable[[], object]:
+        def rotated(
+            call: Callable[[Tensor, Tensor, Tensor], object], sets: list[tuple[Tensor, Tensor, Tensor]] = sets
+        ) -> Callable[[], object]:
             state = {"n": 0}
 
             def run() -> object:
@@ -648,7 +650,7 @@ def sweep() -> None:
     arch = launch.device_limits(0)[0]
     for dim in (64, 128):
         best = best_of(table, [f"d{dim} full", f"d{dim} causal"])
-        tuning.overrides[arch, torch.bfloat16, dim, dim, 0, 0, False] = tuning.Tiles(*best)
+        tuning.overrides[arch, torch.bfloat16, dim, dim, 0, 0, False, True] = tuning.Tiles(*best)
         print(f"   d{dim} best {best}", flush=True)
     tuning.forward_tiles.cache_clear()
     launch._forward.cache_clear()

@@ -66,13 +66,18 @@ def run(
     kept = None
     if dropout_p:
         random.set_rng_state(state)
-        kept = keep_mask(draw_seed(torch.device(device)).cpu(), dropout_p, (*q.shape[:3], k.shape[2])).double() / (1 - dropout_p)
+        kept = keep_mask(draw_seed(torch.device(device)).cpu(), dropout_p, (*q.shape[:3], k.shape[2])).double() / (
+            1 - dropout_p
+        )
     out = found.out.transpose(1, 2) if layout == "blhd" else found.out
     given = dict(zip(OUTPUTS, (out, found.lse, found.weights), strict=True))
     if weights == "sparse":
         given["weights"] = found.weights.to_dense()
     result = Compared(
-        out.detach().cpu(), found.lse.detach().cpu(), None if weights is False else found.weights.detach().cpu(), kept=kept
+        out.detach().cpu(),
+        found.lse.detach().cpu(),
+        None if weights is False else found.weights.detach().cpu(),
+        kept=kept,
     )
     if through:
         upstream = {} if upstream is None else upstream

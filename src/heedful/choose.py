@@ -19,7 +19,9 @@ from heedful.problem import Problem
 logger = logging.getLogger("heedful")
 
 # From the fastest to the one that runs everything.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), TritonBackend(), SdpaBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (NativeBackend(), TritonBackend(), SdpaBackend(), ReferenceBackend())
+}
 ENGINE = "native"
 
 # Asked once, when attention is first used: loading the engine is no part of a call, nor of a traced graph.

@@ -1,6 +1,6 @@
 """Compiles kernels to machine code without a device: each line of the output is a case with its registers and spills.
 
-    python compiled.py 90 [words of cases...]
+python compiled.py 90 [words of cases...]
 """
 
 from __future__ import annotations

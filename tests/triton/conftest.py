@@ -12,7 +12,6 @@ import os
 
 import pytest
 import torch
-
 from comparison import check
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

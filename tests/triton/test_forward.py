@@ -8,20 +8,20 @@ from inputs import MEMORY, all_features, attention_inputs, pattern_examples
 
 from heedful import Causal, Dilated, Full, Longformer, Padding, SlidingWindow
 
-EXAMPLES = range(len(pattern_examples(2, 4, 5, 7)))
+EXAMPLES = range(len(pattern_examples(2, 2, 5, 7)))
 
 
 @pytest.mark.parametrize("index", EXAMPLES)
 @pytest.mark.parametrize("lengths", [(70, 113)])
 def test_patterns(verify, index, lengths) -> None:
-    q, k, v = attention_inputs(q_length=lengths[0], k_length=lengths[1], kv_heads=2, dtype=torch.float16)
-    verify(q, k, v, pattern=pattern_examples(2, 4, *lengths)[index])
+    q, k, v = attention_inputs(heads=2, kv_heads=1, q_length=lengths[0], k_length=lengths[1], dtype=torch.float16)
+    verify(q, k, v, pattern=pattern_examples(2, 2, *lengths)[index])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [Causal(), Longformer(9, 3)], ids=repr)
 def test_dtypes(verify, dtype, pattern) -> None:
-    verify(*attention_inputs(q_length=70, k_length=91, head_dim=32, dtype=dtype), pattern=pattern)
+    verify(*attention_inputs(heads=2, q_length=70, k_length=91, head_dim=32, dtype=dtype), pattern=pattern)
 
 
 @pytest.mark.parametrize(("q_length", "k_length"), [(1, 1), (1, 239), (3, 113), (113, 3), (65, 64), (129, 128)])
@@ -29,7 +29,9 @@ def test_sizes(verify, q_length, k_length) -> None:
     verify(*attention_inputs(batch=1, q_length=q_length, k_length=k_length, kv_heads=1), causal=True)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 1), (16, 48), (80, 80), (96, 33), (64, 128), (256, 16)])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(1, 1), (16, 48), (80, 80), (96, 33), (33, 96), (64, 128), (256, 16)]
+)
 def test_head_dims(verify, head_dim, value_dim) -> None:
     q, k, v = attention_inputs(
         batch=1, heads=2, q_length=33, k_length=70, head_dim=head_dim, value_dim=value_dim, dtype=torch.bfloat16
@@ -44,7 +46,7 @@ def test_head_dim_512(verify) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 def test_memory(verify, memory, layout) -> None:
-    q, k, v = attention_inputs(q_length=40, k_length=70, head_dim=16, dtype=torch.float16, memory=memory)
+    q, k, v = attention_inputs(heads=2, q_length=40, k_length=70, head_dim=16, dtype=torch.float16, memory=memory)
     verify(q, k, v, causal=True, layout=layout)
 
 
@@ -89,4 +91,4 @@ def test_few_queries_over_split_keys(verify, pattern, k_length) -> None:
 
 def test_strided_sub_problems(verify) -> None:
     for offset in (None, 0, -3, torch.tensor([2, 5], dtype=torch.int32)):
-        verify(*attention_inputs(q_length=70, k_length=83), pattern=Dilated(7, 4, offset=offset))
+        verify(*attention_inputs(heads=1, q_length=70, k_length=83), pattern=Dilated(7, 4, offset=offset))

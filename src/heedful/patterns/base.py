@@ -114,9 +114,9 @@ class Pattern(ABC):
     def fitted(
         self, batch: int, heads: int, q_length: int, k_length: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, ...]:
-        """`validate`, then `operands` on a device, kept for the next call of these sizes: a layer or a step asks for the
-        same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are copies
-        are not kept: they would not follow what is written into the tensors."""
+        """`validate`, then `operands` on a device, kept for the next call of these sizes: a layer or a step asks for
+        the same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are
+        copies are not kept: they would not follow what is written into the tensors."""
         try:
             tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in self._within]
             call = batch, heads, q_length, k_length, device, tensors

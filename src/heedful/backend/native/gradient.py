@@ -194,9 +194,7 @@ def compute_weights(
     operators = getattr(torch.ops, settings.operators)
     if kind == "dense":
         return (operators.attention_weights.default(query, key, lse, operands, schedule, scale, *features),)
-    indices, values = operators.attention_weights_sparse.default(
-        query, key, lse, operands, schedule, scale, *features
-    )
+    indices, values = operators.attention_weights_sparse.default(query, key, lse, operands, schedule, scale, *features)
     return values, indices
 
 

@@ -5,6 +5,9 @@ transposed schedule, which adds up the query heads that share a key head in floa
 forward does.
 """
 
+# Triton compiles these functions from their source, and takes no annotations of ours.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -80,7 +83,8 @@ def _query_tile(
     CODE: tl.constexpr, CLASSES: tl.constexpr, GAPLESS: tl.constexpr, MASKED: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, WANT_SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, WANT_SLOPES: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys from n = `tile` on give to the gradient of a tile of queries."""
@@ -155,14 +159,17 @@ def _query_tile(
 
 @triton.jit(do_not_specialize=_STRIDES + _SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def query_gradient(
-    query, key, value, grad, grad_weights, lse, delta, grad_query, grad_slopes, bias, slopes, seed, query_offset, operands,
+    query, key, value, grad, grad_weights, lse, delta, grad_query, grad_slopes, bias, slopes, seed, query_offset,
+    operands,
     query_strides, key_strides, value_strides, grad_strides, query_grad_strides, bias_strides, slope_strides,
     offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale, gradient_scale,
     softcap, threshold, growth,
-    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr, GAPLESS: tl.constexpr,
+    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
+    GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, WANT_SLOPES: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    WANT_SLOPES: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Arguments as of `attention_forward`; scale is times log2(e) where there are no features."""
@@ -271,14 +278,16 @@ def query_gradient(
         for step in tl.range(0, tiles - full, num_stages=STAGES):
             at = begin + tl.where(step < left, step, step + full) * BLOCK_N
             sum0, sum1, slope_sum = _query_tile(
-                at, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, (low, high), tensors, scalars, CODE, CLASSES,
+                at, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, (low, high), tensors, scalars,
+                CODE, CLASSES,
                 GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
                 HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
             )  # fmt: skip
         if SOLID and not HAS_BIAS:
             for step in tl.range(left, left + full, num_stages=STAGES):
                 sum0, sum1, slope_sum = _query_tile(
-                    begin + step * BLOCK_N, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, (low, high), tensors,
+                    begin + step * BLOCK_N, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, (low,
+                    high), tensors,
                     scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
                 )  # fmt: skip
@@ -301,7 +310,8 @@ def query_gradient(
                 at, pending, which, rest = next_tile(words, pending, which, rest)
                 sum0, sum1, slope_sum = _query_tile(
                     (span * 1024 + at) * BLOCK_N, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs,
-                    (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
+                    (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V,
+                    BLOCK_M, BLOCK_N,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
                 )  # fmt: skip
             words, count, pending = tile_words(some & all)
@@ -311,7 +321,8 @@ def query_gradient(
                 at, pending, which, rest = next_tile(words, pending, which, rest)
                 sum0, sum1, slope_sum = _query_tile(
                     (span * 1024 + at) * BLOCK_N, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs,
-                    (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
+                    (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V,
+                    BLOCK_M, BLOCK_N,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
                 )  # fmt: skip
 
@@ -338,7 +349,8 @@ def _key_tile(
     CODE: tl.constexpr, CLASSES: tl.constexpr, GAPLESS: tl.constexpr, MASKED: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries from m = `tile` on give to the gradients of a tile of keys (its rows) and values."""
@@ -455,10 +467,12 @@ def key_value_gradients(
     query_strides, key_strides, value_strides, grad_strides, key_grad_strides, value_grad_strides, bias_strides,
     slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale,
     gradient_scale, softcap, threshold, growth,
-    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr, GAPLESS: tl.constexpr,
+    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
+    GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, UNIT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program has BLOCK_N keys of one key head; row_tiles counts their tiles."""
@@ -549,7 +563,8 @@ def key_value_gradients(
             for step in tl.range(0, tiles - full, num_stages=STAGES):
                 at = low + tl.where(step < left, step, step + full) * BLOCK_M
                 key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
-                    at, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x, lows, highs, (low, high), tensors,
+                    at, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x, lows, highs, (low,
+                    high), tensors,
                     scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS, PRECISION, WIDE,
                 )  # fmt: skip
@@ -557,8 +572,10 @@ def key_value_gradients(
                 for step in tl.range(left, left + full, num_stages=STAGES):
                     key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
                         low + step * BLOCK_M, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x,
-                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V,
-                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS, PRECISION, WIDE,
+                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1,
+                        MASK_D, MASK_V,
+                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS,
+                        PRECISION, WIDE,
                     )  # fmt: skip
         else:
             low, high = hulls(CODE, lows, highs)
@@ -578,9 +595,12 @@ def key_value_gradients(
                 for _ in tl.range(0, count, num_stages=STAGES):
                     at, pending, which, rest = next_tile(words, pending, which, rest)
                     key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
-                        (span * 1024 + at) * BLOCK_M, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x,
-                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V,
-                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS, PRECISION, WIDE,
+                        (span * 1024 + at) * BLOCK_M, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile,
+                        value_tile, x,
+                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1,
+                        MASK_D, MASK_V,
+                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS,
+                        PRECISION, WIDE,
                     )  # fmt: skip
                 words, count, pending = tile_words(some & all)
                 which = 0
@@ -588,9 +608,12 @@ def key_value_gradients(
                 for _ in tl.range(0, count, num_stages=STAGES):
                     at, pending, which, rest = next_tile(words, pending, which, rest)
                     key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
-                        (span * 1024 + at) * BLOCK_M, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x,
-                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V,
-                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS, PRECISION, WIDE,
+                        (span * 1024 + at) * BLOCK_M, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile,
+                        value_tile, x,
+                        lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1,
+                        MASK_D, MASK_V,
+                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS,
+                        PRECISION, WIDE,
                     )  # fmt: skip
 
     base = (

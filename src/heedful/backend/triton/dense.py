@@ -4,6 +4,9 @@ Both compute tiles of weights again from the log-sum-exp. Where a bias repeats a
 it, which one program takes in order.
 """
 
+# Triton compiles these functions from their source, and takes no annotations of ours.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -17,7 +20,8 @@ def _tile(
     batch, head, row, column, tensors, strides, scalars, operands, numbers,
     CODE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Weights after dropout of the tile at (row, column), or with GRADIENT the gradient of its scores."""
@@ -71,7 +75,7 @@ def _tile(
                 at = batch * shown(offset_strides[0]) + x * shown(offset_strides[1])
                 place = x + tl.load(query_offset + at, mask=there, other=0)
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
-        scores, bend, keep = with_features(
+        scores, _bend, keep = with_features(
             scores * scale, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
         )
         statistics = (item * heads + head) * q_length + x
@@ -111,7 +115,8 @@ def _tile(
 
 
 @triton.jit(
-    do_not_specialize=["operands", "strides", "numbers", "heads", "group", "q_length", "k_length", "head_dim", "value_dim", "result_strides", "row_tiles", "column_tiles",
+    do_not_specialize=["operands", "strides", "numbers", "heads", "group", "q_length", "k_length", "head_dim",
+    "value_dim", "result_strides", "row_tiles", "column_tiles",
                        "result_heads", "items", "members", "row_steps", "threshold"],
     do_not_specialize_on_alignment=[
         "result", "query", "key", "value", "grad", "grad_weights", "lse", "delta", "bias", "slopes", "seed",
@@ -119,11 +124,14 @@ def _tile(
     ],
 )  # fmt: skip
 def dense_tiles(
-    result, query, key, value, grad, grad_weights, lse, delta, bias, slopes, seed, query_offset, operands, strides, numbers,
-    heads, group, q_length, k_length, head_dim, value_dim, result_strides, row_tiles, column_tiles, result_heads, items, members, row_steps, scale, softcap, threshold, growth,
+    result, query, key, value, grad, grad_weights, lse, delta, bias, slopes, seed, query_offset, operands, strides,
+    numbers,
+    heads, group, q_length, k_length, head_dim, value_dim, result_strides, row_tiles, column_tiles, result_heads,
+    items, members, row_steps, scale, softcap, threshold, growth,
     CODE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result (B or 1, H or 1, Lq or 1, Lk), the sum over `items` batch items, `members` heads and, with
@@ -138,9 +146,9 @@ def dense_tiles(
     tensors = (query, key, value, grad, grad_weights, lse, delta, bias, slopes, seed, query_offset)
     scalars = (heads, group, q_length, k_length, head_dim, value_dim, scale, softcap, threshold, growth)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in range(0, items):
-        for member in range(0, members):
-            for step in range(0, row_steps):
+    for item in range(items):
+        for member in range(members):
+            for step in range(row_steps):
                 total += _tile(
                     batch + item, head + member, (row_tile + step) * BLOCK_M, column, tensors, strides, scalars,
                     operands, numbers, CODE, D0, D1, V0, V1, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,

@@ -4,11 +4,15 @@ A program has BLOCK_M rows, each a query of one head (with PACK heads to a key h
 It first expands the schedule to the interval of keys that each row sees (schedule.py). Where those are all there is, it
 walks the masked tiles at both ends and then, in a second loop without masks, the full tiles between them. Unions and
 maps of blocks are looked at 1024 tiles at a time: flags of all of them as vectors, folded into words of 32 bits, whose
-set bits are then visited, masked tiles first. Either way no tile without a pair is loaded, and nothing is looked up that
-was computed outside.
+set bits are then visited, masked tiles first. Either way no tile without a pair is loaded, and nothing is looked up
+that was computed outside.
 
 With SPLIT the second axis of the grid is runs of keys at fixed places, whose results combine.py merges.
 """
+
+# Triton compiles these functions from their source, and takes no annotations of ours.
+# mypy: ignore-errors
+# ruff: noqa: SIM108
 
 import triton
 import triton.language as tl
@@ -117,7 +121,7 @@ def attend_tile(
         if HAS_BIAS:
             biases = bias + bias_rows[:, None] + (y.to(tl.int64) * bias_stride)[None, :]
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
-        scores, bend, keep = with_features(
+        scores, _bend, keep = with_features(
             products * scale, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
         )
         if HAS_BIAS:
@@ -182,7 +186,8 @@ def attention_forward(
     query_strides, key_strides, value_strides, out_strides, bias_strides, slope_strides, offset_strides, pages_stride,
     numbers, grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk, scale, softcap, threshold,
     growth,
-    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr, GAPLESS: tl.constexpr,
+    CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
+    GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -317,7 +322,8 @@ def attention_forward(
         for step in tl.range(0, tiles - full, num_stages=STAGES):
             at = begin + tl.where(step < left, step, step + full) * BLOCK_N
             out0, out1, total, peak = attend_tile(
-                at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE, CLASSES, GAPLESS,
+                at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE,
+                CLASSES, GAPLESS,
                 True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
                 HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
             )  # fmt: skip
@@ -325,7 +331,8 @@ def attention_forward(
             for step in tl.range(left, left + full, num_stages=STAGES):
                 at = begin + step * BLOCK_N
                 out0, out1, total, peak = attend_tile(
-                    at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE, CLASSES,
+                    at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE,
+                    CLASSES,
                     GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP, HAS_BIAS,
                     HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
                 )  # fmt: skip
@@ -348,7 +355,8 @@ def attention_forward(
                 at, pending, which, rest = next_tile(words, pending, which, rest)
                 out0, out1, total, peak = attend_tile(
                     (span * 1024 + at) * BLOCK_N, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high),
-                    tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE,
+                    tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
+                    PAGE,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
                 )  # fmt: skip
             words, count, pending = tile_words(some & all)
@@ -358,7 +366,8 @@ def attention_forward(
                 at, pending, which, rest = next_tile(words, pending, which, rest)
                 out0, out1, total, peak = attend_tile(
                     (span * 1024 + at) * BLOCK_N, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high),
-                    tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE,
+                    tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
+                    PAGE,
                     HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
                 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from heedful.backend.triton.launch import (
     INT32,
     LOG2E,
     broadcast_strides,
+    cdiv,
     device_limits,
     dtypes_of,
     hidden,
@@ -58,8 +59,8 @@ def _backward(
     )
     if dropout and over_queries.columns < 64:
         over_queries = over_queries._replace(columns=64)
-    d0, d1 = split_dim(head_dim)
-    v0, v1 = split_dim(value_dim)
+    d0, d1 = split_dim(head_dim, unit)
+    v0, v1 = split_dim(value_dim, unit)
     common = (
         made.gapless and not bias, d0, d1, v0, v1,
         d0 + d1 != head_dim, v0 + v1 != value_dim,
@@ -69,7 +70,17 @@ def _backward(
         made,
         over_queries,
         over_keys,
-        (*made[:4], made.monotone[0], *common, over_queries.rows, over_queries.columns, *has, want_slopes, *last, over_queries.stages),
+        (
+            *made[:4],
+            made.monotone[0],
+            *common,
+            over_queries.rows,
+            over_queries.columns,
+            *has,
+            want_slopes,
+            *last,
+            over_queries.stages,
+        ),
         (*made[:4], made.monotone[1], *common, over_keys.rows, over_keys.columns, *has, *last, over_keys.stages),
         {},
     )
@@ -108,9 +119,11 @@ def backward(
     arch, _ = device_limits(index)
     code = tuple(schedule)
     numbers, _, usual = operand_numbers(operands)
-    has = bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None
-    has = *has, grad_weights is not None
-    featured = has[0] or has[1] or has[2]
+    featured = bool(softcap) or bias is not None or alibi_slopes is not None
+    has = (
+        bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None,
+        grad_weights is not None,
+    )  # fmt: skip
     tensors = query, key, value, grad_out, grad_query, grad_key, grad_value
     strides = [tensor.stride() for tensor in tensors]
     bits = 0
@@ -136,7 +149,8 @@ def backward(
         grad_lse = grad_lse.contiguous()
     kernels().launch(
         kernels().row_delta, (-(-rows // block_r), 1),
-        (out, grad_out, grad_lse, delta, hidden(out.stride()[:3]), hidden(strides[3][:3]), rows, heads, q_length, value_dim),
+        (out, grad_out, grad_lse, delta, hidden(out.stride()[:3]), hidden(strides[3][:3]), rows, heads, q_length,
+        value_dim),
         (block_r, block_v, grad_lse is not None), 4, 1, index, compiled, ("delta", grad_lse is not None),
     )  # fmt: skip
     scales = scale if featured else scale * LOG2E, scale
@@ -146,20 +160,22 @@ def backward(
     extra_strides = broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3), broadcast_strides(query_offset, 2)
     sizes = heads, heads // kv_heads, q_length, k_length, head_dim, value_dim
     step = made.plan.step
-    tiles = -(-(-(-q_length // step)) // made.query_tiles.rows)
+    tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
     kernels().launch(
         kernels().query_gradient, (tiles * step * batch * heads, 1),
         (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras, *units[:5], *extra_strides,
+            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras, *units[:5],
+            *extra_strides,
             numbers, *sizes, tiles, *scales, *features,
         ),
         made.query_constants, made.query_tiles.warps, made.query_tiles.stages, index, compiled, ("query", kind),
     )  # fmt: skip
-    tiles = -(-(-(-k_length // step)) // made.key_tiles.columns)
+    tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
     kernels().launch(
         kernels().key_value_gradients, (tiles * step * batch * kv_heads, 1),
         (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras, *units[:4], *units[5:],
+            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras, *units[:4],
+            *units[5:],
             *extra_strides, numbers, *sizes, tiles, *scales, *features,
         ),
         made.key_constants, made.key_tiles.warps, made.key_tiles.stages, index, compiled, ("key", kind),
@@ -216,7 +232,7 @@ def sparse_weights(
     dense = weights(
         query, key, lse, operands, schedule, scale, bias, alibi_slopes, softcap, dropout_p, seed, query_offset
     )
-    batch, heads, q_length, k_length = dense.shape
+    q_length, k_length = dense.shape[2:]
     pairs = Schedule.decode(schedule).rows(0, q_length, q_length, k_length, operands).to(dense.device)
     if bias is not None:
         pairs = pairs & (bias != -torch.inf)

@@ -1,5 +1,7 @@
 """Everything that needs triton, loaded with the first call."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
 from collections.abc import Hashable
@@ -27,8 +29,8 @@ __all__ = [
 ]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def launch(

@@ -70,13 +70,16 @@ def _forward(
     made = plan(code)
     softcap, bias, alibi, sinks, dropout, offset = has
     heavy = softcap or bias or dropout or alibi or not made.gapless
-    tiles = forward_tiles(arch, dtype, head_dim, value_dim, rows, made.block, heavy)
+    d0, d1 = split_dim(head_dim, unit)
+    v0, v1 = split_dim(value_dim, unit)
+    able = plain and not (d1 or v1 or page) and made.step == 1 and unit == 8
+    tiles = forward_tiles(arch, dtype, head_dim, value_dim, rows, made.block, heavy, able and made.dense)
+    if unit == 1:
+        tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 32))
     if dropout and tiles.columns < 64:
         tiles = tiles._replace(columns=64)
-    d0, d1 = split_dim(head_dim)
-    v0, v1 = split_dim(value_dim)
     interpreted = kernels().INTERPRETED
-    descriptors = tiles.descriptors and plain and not (d1 or v1 or page) and made.step == 1 and unit == 8
+    descriptors = tiles.descriptors and able
     tiles = tiles._replace(descriptors=descriptors)
     constants = (
         made.code, made.step, made.intervals, made.solid, made.monotone[0], made.gapless and not bias, d0, d1, v0, v1,
@@ -168,12 +171,14 @@ def forward(
         key_tiles = kernels().TensorDescriptor(key, key.shape, strides[1], [1, 1, columns, made.widths[0]])
         value_tiles = kernels().TensorDescriptor(value, value.shape, strides[2], [1, 1, columns, made.widths[1]])
     arguments = (
-        query, key, value, target, target_lse, key_tiles, value_tiles, bias, alibi_slopes, sinks, seed, pages, query_offset, tuple(operands),
+        query, key, value, target, target_lse, key_tiles, value_tiles, bias, alibi_slopes, sinks, seed, pages,
+        query_offset, tuple(operands),
         in_units(strides[0], unit), in_units(strides[1], unit), in_units(strides[2], unit),
         in_units(target_strides, unit), broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3),
         broadcast_strides(query_offset, 2), 0 if pages is None else pages.stride(0), numbers,
         grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk,
-        scale if featured else scale * LOG2E, softcap, threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        scale if featured else scale * LOG2E, softcap, threshold(dropout_p),
+        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
     )  # fmt: skip
     kernels().launch(
         kernels().attention_forward, (programs, splits), arguments, made.constants, made.tiles.warps,
@@ -184,7 +189,8 @@ def forward(
         block = min(128, max(16, 1 << (value_dim - 1).bit_length()))
         kernels().launch(
             kernels().combine_splits, (rows_of_all, -(-value_dim // block)),
-            (target, target_lse, out, lse, sinks, hidden(strides[3][:3]), rows_of_all, heads, q_length, value_dim, splits),
+            (target, target_lse, out, lse, sinks, hidden(strides[3][:3]), rows_of_all, heads, q_length, value_dim,
+            splits),
             (min(64, 1 << (splits - 1).bit_length()), block, sinks is not None), 4, 1, index, made.compiled,
             ("combine", min(64, 1 << (splits - 1).bit_length()), dtypes_of(sinks)),
         )  # fmt: skip
@@ -197,8 +203,12 @@ def _splits(programs: int, multiprocessors: int, k_length: int, step: int) -> tu
     wanted = min(2 * multiprocessors // max(programs, 1), -(-keys // _LEAST_CHUNK))
     if wanted < 2:
         return 1, 0
-    chunk = -(-(-(-keys // wanted)) // 128) * 128
+    chunk = cdiv(cdiv(keys, wanted), 128) * 128
     return -(-keys // chunk), chunk
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def dtypes_of(*tensors: Tensor | None) -> Hashable:

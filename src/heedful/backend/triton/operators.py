@@ -22,8 +22,9 @@ _SCHEMAS = {
     ),
     "attention_backward": (
         "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor[] operands, "
-        "int[] schedule, float scale, Tensor? bias, Tensor? alibi_slopes, float softcap, float dropout_p, Tensor? seed, "
-        "Tensor? grad_lse, Tensor? grad_weights, bool bias_gradient, bool slopes_gradient, Tensor? query_offset=None) "
+        "int[] schedule, float scale, Tensor? bias, Tensor? alibi_slopes, float softcap, float dropout_p, "
+        "Tensor? seed, Tensor? grad_lse, Tensor? grad_weights, bool bias_gradient, bool slopes_gradient, "
+        "Tensor? query_offset=None) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor delta, Tensor grad_bias, Tensor grad_slopes)"
     ),
     "attention_weights": _WEIGHTS + "-> Tensor",

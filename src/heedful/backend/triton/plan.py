@@ -52,6 +52,8 @@ class Plan(NamedTuple):
     """The one atom has nothing but its intervals: tiles inside them need no mask."""
     monotone: tuple[bool, bool]
     """Both ends of the one atom's intervals never fall from a row to the next; of queries, and transposed."""
+    dense: bool
+    """Rows' intervals are bounded on one side at most, as full and causal attention's are."""
     gapless: bool
     """Between the first and the last key of consecutive rows of an atom every key is attended to."""
     block: int
@@ -80,6 +82,7 @@ def plan(code: tuple[int, ...], in_classes: bool = True) -> Plan:
         len(atoms) == 1 and BLOCKS not in kinds,
         len(atoms) == 1 and not kinds & {BLOCKS, MASK, STEP},
         (len(atoms) == 1 and _is_monotone(atoms[0], QUERY), len(atoms) == 1 and _is_monotone(atoms[0], KEY)),
+        not terms or (len(terms) == 1 and terms[0].kind == BOUND and terms[0].numbers[0] == DIAGONAL),
         all(map(_is_gapless, atoms)),
         min([term.numbers[0] for term in terms if term.kind == BLOCKS], default=0),
         DOCUMENTS in kinds,

@@ -1,5 +1,8 @@
 """From products of queries and keys to scores and weights inside a tile: softcap, bias, ALiBi, dropout."""
 
+# Triton compiles these functions from their source, and takes no annotations of ours.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 

@@ -19,8 +19,8 @@ class Tiles(NamedTuple):
     """Whether the copy engine of sm_90 brings in tiles that need no mask."""
 
 
-# Forward tiles of 16-bit types by the larger head dim (up to 64, 128, 256, 512), full and causal alike. Those of 90 up to
-# 256, and of its backward up to 128, are the best of `benchmarks/gpu.py --sweep` on an H200 (triton 3.6).
+# Forward tiles of 16-bit types by the larger head dim (up to 64, 128, 256, 512). Those of 90 up to 256, and of its
+# backward up to 128, are the best of `benchmarks/gpu.py --sweep` on an H200 (triton 3.6); of 128 the best for a window.
 _FORWARD = {
     80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2), 512: Tiles(32, 16, 4, 1)},
     90: {
@@ -30,6 +30,9 @@ _FORWARD = {
         512: Tiles(64, 32, 8, 1),
     },
 }
+# The same for what attends to nearly everything, as full and causal attention do, where descriptors bring in the tiles:
+# of these 128 x 64 with 4 warps is the fastest, and spills its masks where most tiles have one.
+_DENSE = {90: {64: Tiles(64, 64, 4, 2, True), 128: Tiles(128, 64, 4, 2, True)}}
 # The same in float32 on the cores for single numbers, which no tile size makes fast.
 _FORWARD_SINGLE = {
     64: Tiles(64, 32, 4, 2),
@@ -54,14 +57,15 @@ def _by_dim(table: dict[int, Tiles], dim: int) -> Tiles:
 
 @functools.lru_cache(maxsize=1024)
 def forward_tiles(
-    arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int, block: int, heavy: bool
+    arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int, block: int, heavy: bool, dense: bool
 ) -> Tiles:
     """Tiles of the forward.
 
     rows: query rows of a program's head, where they are few (a power of 2 up to 64), otherwise 0. block: the smallest
     block of a map, 0 without one. heavy: whether there are features that keep further tiles of numbers alive.
+    dense: whether nearly all tiles are full and come by descriptors.
     """
-    key = (arch, dtype, head_dim, value_dim, rows, block, heavy)
+    key = (arch, dtype, head_dim, value_dim, rows, block, heavy, dense)
     if key in overrides:
         return overrides[key]
     dim = max(head_dim, value_dim)
@@ -69,6 +73,8 @@ def forward_tiles(
         tiles = _by_dim(_FORWARD_SINGLE, dim)
     else:
         tiles = _by_dim(_FORWARD[arch], dim)
+        if dense and not (heavy or rows) and dim <= 128:
+            tiles = _by_dim(_DENSE.get(arch, _FORWARD[arch]), dim)
     if heavy:
         tiles = Tiles(min(tiles.rows, 64), min(tiles.columns, 64), min(tiles.warps, 4), min(tiles.stages, 2))
         if dim > 128:
@@ -117,9 +123,15 @@ def backward_tiles(
     return tiles
 
 
-def split_dim(dim: int) -> tuple[int, int]:
-    """A head dim as one power of 2 or two of them, the second 0 where there is one: 80 is 64 + 16."""
+def split_dim(dim: int, unit: int = 8) -> tuple[int, int]:
+    """A head dim as one power of 2 or two of them, the second 0 where there is one: 80 is 64 + 16.
+
+    Not so where strides are no multiple of 8 elements, `unit` 1: rows then come one number at a time, and two parts of
+    them need more registers than there are.
+    """
     whole = max(16, 1 << (dim - 1).bit_length())
+    if unit == 1:
+        return whole, 0
     first = max(16, 1 << (dim.bit_length() - 1))
     if first >= dim:
         return first, 0
