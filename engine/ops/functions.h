@@ -136,3 +136,70 @@ template <class T> INLINE SigmoidParts<T> sigmoid_parts(typename Real<T>::V x) {
     const V e = exp<T>(x < V{} ? x : -x), large = T(1) / (T(1) + e), small = e * large;
     return {x < V{} ? small : large, x < V{} ? large : small};
 }
+
+template <class T> struct NormalTail;
+// e^(x^2 / 2) (1 + x) times the probability that a normal variable exceeds x, for x from 0 to FARTHEST, as a polynomial
+// of (x - MIDDLE) / (x + MIDDLE): interpolated at Chebyshev's nodes. Errs by 2.5e-9, for double 5.8e-18. Beyond,
+// e^(-x^2 / 2) is 0.
+template <> struct NormalTail<float> {
+    static constexpr float MIDDLE = 4.0f, FARTHEST = 15.0f;
+    static constexpr float POLYNOMIAL[] = {-7.437454417e-5f, -6.673718492e-5f, 0.0006908448556f, -0.0002999187613f,
+                                           -0.005002140853f, 0.01793944948f,   -0.03219781535f,  0.0286000328f,
+                                           0.01399963659f,   -0.09670346798f,  0.4720532064f};
+};
+template <> struct NormalTail<double> {
+    static constexpr double MIDDLE = 6.0, FARTHEST = 39.0;
+    static constexpr double POLYNOMIAL[] = {
+        1.565901307919275903e-9,    2.9330992736293061192e-9,   -1.5635639755801340993e-8, -1.9999357197391987564e-8,
+        1.3237526176866645026e-7,   -4.6496296329291671074e-10, -9.9960828866340286309e-7, 1.7838362341468199996e-6,
+        4.412420988465129065e-6,    -2.6353403713200723249e-5,  3.7794893704466744643e-5,  0.00011948965828526159989,
+        -0.00086899466332257835881, 0.0029356555175184450216,   -0.0070598194214627639613, 0.013246864154047862153,
+        -0.01976647921993178578,    0.022592467062781273787,    -0.016141517332199267898,  -0.0043733867795931855519,
+        0.03981142456242985815,     -0.085025362305770722733,   0.45345520027112794481};
+};
+
+// The normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2 with full relative precision on both sides, but for the
+// roundings of x^2 / 2 in its exponential, and its density.
+template <class T> struct NormalParts {
+    typename Real<T>::V below, density;
+};
+template <class T> INLINE NormalParts<T> normal_parts(typename Real<T>::V x) {
+    typedef typename Real<T>::V V;
+    typedef NormalTail<T> N;
+    const V limit = Real<T>::set1(N::FARTHEST), size = clamp<T>(x < V{} ? -x : x, -limit, limit);
+    const V power = exp<T>(size * size * T(-0.5)), above = size + N::MIDDLE;
+    const V quotient = T(1) / ((size + T(1)) * above); // one division for both
+    const V t = (size - N::MIDDLE) * (size + T(1)) * quotient;
+    constexpr int TERMS = sizeof N::POLYNOMIAL / sizeof *N::POLYNOMIAL;
+    V p = Real<T>::set1(N::POLYNOMIAL[0]);
+#pragma GCC unroll 24
+    for (int i = 1; i < TERMS; ++i) p = p * t + N::POLYNOMIAL[i];
+    const V tail = power * p * (above * quotient);
+    return {x < V{} ? tail : T(1) - tail, power * T(0.398942280401432677939946)};
+}
+
+// The same for results that are rounded to 16 bits: errs by 6e-6 of the tail, which is 1/40 of float16's roundoff.
+// It takes two thirds of the time.
+INLINE NormalParts<float> normal_parts_16_bit(Real<float>::V x) {
+    typedef Real<float>::V V;
+    constexpr float MIDDLE = 3.0f, HALF_LOG2_E = 0.72134752f;
+    const V limit = Real<float>::set1(NormalTail<float>::FARTHEST);
+    const V size = clamp<float>((V)((Real<float>::I)x & 0x7fffffff), V{}, limit);
+    const V power = Real<float>::exp2<4>(size * size * -HALF_LOG2_E), above = size + MIDDLE;
+    const V divisor = (size + 1.0f) * above;
+#if defined(__AVX512F__)
+    const V near = (V)_mm512_rcp14_ps((__m512)divisor), quotient = near * (2.0f - divisor * near);
+#else
+    const V quotient = 1.0f / divisor;
+#endif
+    const V t = (size - MIDDLE) * (size + 1.0f) * quotient;
+    V p = Real<float>::set1(0.00255258001f);
+    p = p * t + 0.000901217562f;
+    p = p * t - 0.0225665505f;
+    p = p * t + 0.0452117804f;
+    p = p * t - 0.0164551811f;
+    p = p * t - 0.0965276847f;
+    p = p * t + 0.486056351f;
+    const V tail = power * p * (above * quotient);
+    return {x < V{} ? tail : 1.0f - tail, power * 0.39894228f};
+}

@@ -13,15 +13,24 @@ from typing import TYPE_CHECKING
 # By the file that each is in.
 _HOME = {
     "catalogue": "_catalogue",
+    "cross_entropy": "_cross_entropy",
+    "geglu": "_gated",
+    "linear_cross_entropy": "_linear_cross_entropy",
     "parametric_swish": "_parametric_swish",
+    "rope": "_rope",
+    "swiglu": "_gated",
 }
 _NOT_OPERATIONS = ("catalogue",)
 
-__all__ = ["catalogue", "parametric_swish"]
+__all__ = ["catalogue", "cross_entropy", "geglu", "linear_cross_entropy", "parametric_swish", "rope", "swiglu"]
 
 if TYPE_CHECKING:
     from heedful.ops._catalogue import catalogue
+    from heedful.ops._cross_entropy import cross_entropy
+    from heedful.ops._gated import geglu, swiglu
+    from heedful.ops._linear_cross_entropy import linear_cross_entropy
     from heedful.ops._parametric_swish import parametric_swish
+    from heedful.ops._rope import rope
 
 
 def __getattr__(name: str) -> object:
