@@ -3,15 +3,21 @@ fused operations."""
 
 from heedful.nn.bare import MACoreAttention, SparseAttention, create_attention_layer
 from heedful.nn.multihead_attention import MultiheadAttention
+from heedful.nn.norms import AddRMSNorm, LayerNormGELU, RMSNorm
 from heedful.nn.rotary import RotaryEmbedding
+from heedful.nn.softmax import Softmax
 from heedful.nn.swish import ParametricSwish
 from heedful.nn.transformer import TransformerEncoderLayer
 
 __all__ = [
+    "AddRMSNorm",
+    "LayerNormGELU",
     "MACoreAttention",
     "MultiheadAttention",
     "ParametricSwish",
+    "RMSNorm",
     "RotaryEmbedding",
+    "Softmax",
     "SparseAttention",
     "TransformerEncoderLayer",
     "create_attention_layer",

@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING
 
 # By the file that each is in.
 _HOME = {
+    "add_rms_norm": "_rms_norm",
     "catalogue": "_catalogue",
+    "layer_norm_gelu": "_layer_norm_gelu",
     "parametric_swish": "_parametric_swish",
+    "rms_norm": "_rms_norm",
+    "softmax": "_softmax",
 }
 _NOT_OPERATIONS = ("catalogue",)
 
-__all__ = ["catalogue", "parametric_swish"]
+__all__ = ["add_rms_norm", "catalogue", "layer_norm_gelu", "parametric_swish", "rms_norm", "softmax"]
 
 if TYPE_CHECKING:
     from heedful.ops._catalogue import catalogue
+    from heedful.ops._layer_norm_gelu import layer_norm_gelu
     from heedful.ops._parametric_swish import parametric_swish
+    from heedful.ops._rms_norm import add_rms_norm, rms_norm
+    from heedful.ops._softmax import softmax
 
 
 def __getattr__(name: str) -> object:
