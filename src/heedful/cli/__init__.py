@@ -11,6 +11,8 @@ from heedful import __version__
 from .benchmark import bench
 from .demonstration import demo
 from .diagnosis import doctor
+from .new_operation import new_op
+from .operations import ops
 from .running import SETTINGS, run
 from .tuning import tune
 
@@ -25,6 +27,8 @@ app.command()(doctor)
 app.command()(bench)
 app.command()(demo)
 app.command()(tune)
+app.command()(ops)
+app.command()(new_op)
 app.command(context_settings=SETTINGS)(run)
 
 

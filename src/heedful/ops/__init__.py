@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 # By the file that each is in.
 _HOME = {
     "catalogue": "_catalogue",
+    "fused_attention": "_fused_attention",
     "parametric_swish": "_parametric_swish",
 }
 _NOT_OPERATIONS = ("catalogue",)
 
-__all__ = ["catalogue", "parametric_swish"]
+__all__ = ["catalogue", "fused_attention", "parametric_swish"]
 
 if TYPE_CHECKING:
     from heedful.ops._catalogue import catalogue
+    from heedful.ops._fused_attention import fused_attention
     from heedful.ops._parametric_swish import parametric_swish
 
 
