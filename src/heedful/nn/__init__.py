@@ -2,6 +2,7 @@
 fused operations."""
 
 from heedful.nn.bare import MACoreAttention, SparseAttention, create_attention_layer
+from heedful.nn.fused_attention import FusedAttention
 from heedful.nn.gated import GEGLU, GatedMLP, SwiGLU
 from heedful.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from heedful.nn.multihead_attention import MultiheadAttention
@@ -15,6 +16,7 @@ __all__ = [
     "GEGLU",
     "AddRMSNorm",
     "CrossEntropyLoss",
+    "FusedAttention",
     "GatedMLP",
     "LayerNormGELU",
     "LinearCrossEntropyLoss",

@@ -15,6 +15,7 @@ _HOME = {
     "add_rms_norm": "_rms_norm",
     "catalogue": "_catalogue",
     "cross_entropy": "_cross_entropy",
+    "fused_attention": "_fused_attention",
     "geglu": "_gated",
     "layer_norm_gelu": "_layer_norm_gelu",
     "linear_cross_entropy": "_linear_cross_entropy",
@@ -30,6 +31,7 @@ __all__ = [
     "add_rms_norm",
     "catalogue",
     "cross_entropy",
+    "fused_attention",
     "geglu",
     "layer_norm_gelu",
     "linear_cross_entropy",
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from heedful.ops._catalogue import catalogue
     from heedful.ops._cross_entropy import cross_entropy
+    from heedful.ops._fused_attention import fused_attention
     from heedful.ops._gated import geglu, swiglu
     from heedful.ops._layer_norm_gelu import layer_norm_gelu
     from heedful.ops._linear_cross_entropy import linear_cross_entropy
