@@ -27,16 +27,17 @@ Call = dict[str, Any]
 
 def in_memory(tensor: Tensor, memory: str) -> Tensor:
     """The same values, save for "expanded", with strides as the word says."""
+    unused = torch.nan if tensor.is_floating_point() else -1
     if memory == "transposed" and tensor.ndim > 1:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if memory == "sliced" and tensor.ndim:
-        whole = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+        whole = tensor.new_full([size + 3 for size in tensor.shape], unused)
         view = whole[tuple(slice(1, size + 1) for size in tensor.shape)]
         return view.copy_(tensor)
     if memory == "expanded" and tensor.ndim:
         return tensor[:1].expand_as(tensor) if tensor.shape[0] else tensor
     if memory == "last-strided" and tensor.ndim:
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+        return torch.stack([tensor, torch.full_like(tensor, unused)], -1)[..., 0]
     return tensor.contiguous()
 
 
@@ -59,6 +60,10 @@ class OperationChecks:
     """Of gradcheck's calls."""
     large: tuple[int, ...] = (3, 40007)
     """More than one work item."""
+    same_bits: bool = True
+    """Whether results are the same bits with and without a gradient and for any number of threads."""
+    compiled_bits: bool = True
+    """Whether they are where Inductor compiles what is around the operators."""
     empty: tuple[tuple[int, ...], ...] = ((0,), (3, 0), (0, 3))
 
     def make(self, variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
@@ -71,8 +76,8 @@ class OperationChecks:
         raise NotImplementedError
 
     def reference_errors(self, variant: str, call: Call, upstream: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """In units of float64's roundoff, how far the reference's own gradients may be from the truth, for those where
-        it loses more than the engine does."""
+        """In units of float64's roundoff, how far the reference's own gradients, or "output 0" and so on, may be from
+        the truth, for those where it loses more than the engine does."""
         return {}
 
     def operator_calls(self) -> list[tuple[str, tuple[Any, ...]]]:
@@ -103,7 +108,8 @@ class OperationChecks:
 
     def leaves(self, call: Call) -> dict[str, Tensor]:
         """The tensors of a call that have gradients."""
-        return {n: call[n] for n in self.operation.gradients if isinstance(call.get(n), Tensor)}
+        given = {n: call.get(n) for n in self.operation.gradients}
+        return {n: t for n, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()}
 
     def run(
         self, call: Call, upstream: tuple[Tensor, ...] | None = None, function: Callable[..., Any] | None = None
@@ -129,8 +135,12 @@ class OperationChecks:
         sizes, gradient_sizes = self.errors(variant, wide, wide_upstream)
         lost = self.reference_errors(variant, wide, wide_upstream)
         for index, (y, ref, size) in enumerate(zip(found, wanted, sizes, strict=True)):
-            self.check(y, ref, size, f"output {index}")
-            assert torch.equal(y.nan_to_num(), alone[index].nan_to_num()), "another result without a gradient"
+            slack = 2.0**-53 * lost[f"output {index}"] if f"output {index}" in lost else 0.0
+            self.check(y, ref, size, f"output {index}", slack)
+            if self.same_bits:
+                assert torch.equal(y.nan_to_num(), alone[index].nan_to_num()), "another result without a gradient"
+            else:
+                self.check(alone[index], ref, size, f"output {index} without a gradient", slack)
         assert set(gradients) == set(wanted_gradients)
         for name, gradient in gradients.items():
             assert gradient.dtype == call[name].dtype
@@ -184,6 +194,8 @@ class OperationChecks:
         torch.library.opcheck(getattr(torch.ops.heedful, name).default, arguments)
 
     def test_threads_give_the_same_bits(self, variant, dtype):
+        if not self.same_bits:
+            pytest.skip("bits are those of PyTorch's matrix products")
         call = self.make(variant, self.large, dtype)
         before = torch.get_num_threads()
         try:
@@ -218,7 +230,8 @@ class OperationChecks:
         call = self.make(variant, self.strided, torch.float32)
         outputs, gradients, upstream = self.run(call)
         again, gradients_again, _ = self.run(call, upstream, torch.compile(self.operation.function, fullgraph=True))
-        assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+        for a, b in zip(outputs, again, strict=True):
+            assert torch.equal(a, b) if self.compiled_bits else torch.allclose(a, b)
         for name in gradients:
             torch.testing.assert_close(gradients[name], gradients_again[name])
 
@@ -244,7 +257,8 @@ class OperationChecks:
             warnings.simplefilter("ignore")
             duals = tuple(forward_ad.make_dual(p, torch.ones_like(p)) for p in primals)
             assert all(forward_ad.unpack_dual(y).tangent is not None for y in as_tuple(function(*duals)))
-        on_meta = as_tuple(function(*(p.to("meta") for p in primals)))
+        meta = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in call.items()}
+        on_meta = as_tuple(self.operation.function(**meta))
         assert [y.shape for y in on_meta] == [y.shape for y in wanted]
 
     def test_facts(self):

@@ -1,6 +1,6 @@
 """What is made while the site is built: pages of other files of the repository, pictures, tables.
 
-A page asks for it by a comment on a line of its own, `<!-- bench: FILE -->`, `<!-- support -->`,
+A page asks for it by a comment on a line of its own, `<!-- bench: FILE -->`, `<!-- support -->`, `<!-- operations -->`,
 `<!-- command: NAME -->` or `<!-- public: MODULE -->`, or by a code block `python picture` whose last line is a pattern.
 """
 
@@ -17,6 +17,8 @@ from parts import bench_table, code_page, command_table, linked_from_docs, publi
 from pictures import BLOCK, Picture
 
 import heedful
+from heedful.ops import catalogue
+from heedful.report import operations
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -25,9 +27,10 @@ COPIES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 EXAMPLES = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.c")])
 EXAMPLE = re.compile(r"(?<!\[)`(examples/\w+\.(?:py|c))`")
 BENCH = re.compile(r"^<!-- bench: (\S+) -->$", re.M)
-COMMAND = re.compile(r"^<!-- command: (\w+) -->$", re.M)
+COMMAND = re.compile(r"^<!-- command: ([\w-]+) -->$", re.M)
 PUBLIC = re.compile(r"^<!-- public: ([\w.]+) -->$", re.M)
 SUPPORT = re.compile(r"^<!-- support -->$", re.M)
+OPERATIONS = re.compile(r"^<!-- operations -->$", re.M)
 # What a browser loads, as told from links that it follows only when asked.
 LOADED = r'script|img|iframe|link(?! rel="(?:canonical|prev|next)")'
 OUTSIDE = re.compile(rf'<(?:{LOADED})\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
@@ -66,6 +69,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = BENCH.sub(lambda comment: bench_table(ROOT / comment[1]), markdown)
     markdown = COMMAND.sub(lambda comment: command_table(comment[1]), markdown)
     markdown = PUBLIC.sub(lambda comment: public_names(comment[1], markdown), markdown)
+    markdown = OPERATIONS.sub(lambda _: operations.page(operations.as_data(catalogue().values())), markdown)
     markdown = SUPPORT.sub(lambda _: support_tables(up), markdown)
     markdown = BLOCK.sub(lambda block: Picture(block["code"]).markdown(up), markdown)
     if page.file.src_uri.startswith("examples/"):

@@ -95,7 +95,9 @@ template <class A> struct Weights {
                        here.head * call.query_stride[1] + here.query * call.query_stride[2];
             if (call.weights) {
                 Input *line = line_of(call, item, here);
-                for (int64_t k = 0; k < call.k_length; ++k) line[k * call.weights_stride[3]] = Input{};
+                if (call.weights_stride[3] == 1) __builtin_memset(line, 0, size_t(call.k_length) * sizeof(Input));
+                else
+                    for (int64_t k = 0; k < call.k_length; ++k) line[k * call.weights_stride[3]] = Input{};
             }
         }
         Packing::panels(query, rows, call.query_stride[3], call.head_dim, s.steps, s.query, false);
@@ -147,6 +149,11 @@ template <class A> struct Weights {
     static void write(const WeightsCall &call, const ForwardItem &item, Row &row, int64_t key, uint64_t bits,
                       const T *weight) {
         Input *line = call.weights ? line_of(call, item, row) : nullptr;
+        if (line && bits == Rules<A>::ALL && call.weights_stride[3] == 1) {
+            narrow(line + key, R::load(weight));
+            narrow(line + key + LANES, R::load(weight + LANES));
+            return;
+        }
         for (int k = 0; k < UNIT; ++k) {
             if (!(bits >> k & 1)) continue;
             if (line) {

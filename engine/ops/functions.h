@@ -136,3 +136,71 @@ template <class T> INLINE SigmoidParts<T> sigmoid_parts(typename Real<T>::V x) {
     const V e = exp<T>(x < V{} ? x : -x), large = T(1) / (T(1) + e), small = e * large;
     return {x < V{} ? small : large, x < V{} ? large : small};
 }
+
+template <class T> struct NormalTail;
+// e^(x^2 / 2) (x + MIDDLE) times the probability that a normal variable exceeds x, for x from 0 until e^(-x^2 / 2) is
+// 0, as a polynomial of (x - MIDDLE) / (x + MIDDLE): interpolated at Chebyshev's nodes. Errs by 1.3e-8, for
+// double 1.2e-17.
+template <> struct NormalTail<float> {
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr float MIDDLE = 4.0f;
+    static constexpr float POLYNOMIAL[] = {-0.000122983157f, 0.0001948018511f, 0.001569313645f, -0.003523574056f,
+                                           -0.007527212912f, 0.06040646975f,   -0.1865230059f,  0.3871366798f,
+                                           -0.6078966061f,   0.7552851385f};
+};
+template <> struct NormalTail<double> {
+    typedef uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr double MIDDLE = 5.0;
+    static constexpr double POLYNOMIAL[] = {
+        -1.5877468827473365378e-10,  1.7530484014082319805e-9,  7.6630718007600410458e-9,   -9.3135609943260591435e-9,
+        -6.5942216624772230429e-8,   4.2274993740065348384e-8,  4.3314103568625849535e-7,   -3.3661536810124711722e-7,
+        -2.7692670959974302454e-6,   3.9809021578680411194e-6,  0.000016681213742042061453, -0.00004976281427058580517,
+        -0.000059375728009915863678, 0.00054489906477312989385, -0.00079786939846607010544, -0.0029933767705085424387,
+        0.020795066799883179639,     -0.069118638706310163575,  0.16502036617038471792,     -0.3135331566713045447,
+        0.49530561596997641327,      -0.66538250289005670039,   0.76919304975006295856};
+};
+
+// The normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2 with full relative precision on both sides, but for the
+// roundings of x^2 / 2 in its exponential, and its density. Each below 2^-126, for double 2^-1022, may be 0.
+template <class T> struct NormalParts {
+    typename Real<T>::V below, density;
+};
+template <class T> INLINE NormalParts<T> normal_parts(typename Real<T>::V x) {
+    typedef typename Real<T>::V V;
+    typedef NormalTail<T> N;
+    const V size = (V)((typename N::Bits)x & (~typename N::Bits{} >> 1));
+    const V power = Real<T>::template exp2<5>(size * size * T(-0.72134752044448170368)); // log2(e) / 2
+    const V inverse = T(1) / (size + N::MIDDLE), t = T(1) - T(2 * N::MIDDLE) * inverse;
+    constexpr int TERMS = sizeof N::POLYNOMIAL / sizeof *N::POLYNOMIAL;
+    V p = Real<T>::set1(N::POLYNOMIAL[0]);
+#pragma GCC unroll 24
+    for (int i = 1; i < TERMS; ++i) p = p * t + N::POLYNOMIAL[i];
+    const V tail = power * (p * inverse);
+    return {x < V{} ? tail : T(1) - tail, power * T(0.398942280401432677939946)};
+}
+
+// The same for results that are rounded to 16 bits: errs by 6e-6 of the tail, which is 1/40 of float16's roundoff.
+// It takes two thirds of the time.
+INLINE NormalParts<float> normal_parts_16_bit(Real<float>::V x) {
+    typedef Real<float>::V V;
+    constexpr float MIDDLE = 3.0f, FARTHEST = 15.0f, HALF_LOG2_E = 0.72134752f;
+    const V limit = Real<float>::set1(FARTHEST);
+    const V size = clamp<float>((V)((Real<float>::I)x & 0x7fffffff), V{}, limit);
+    const V power = Real<float>::exp2<4>(size * size * -HALF_LOG2_E), above = size + MIDDLE;
+    const V divisor = (size + 1.0f) * above;
+#if defined(__AVX512F__)
+    const V near = (V)_mm512_rcp14_ps((__m512)divisor), quotient = near * (2.0f - divisor * near);
+#else
+    const V quotient = 1.0f / divisor;
+#endif
+    const V t = (size - MIDDLE) * (size + 1.0f) * quotient;
+    V p = Real<float>::set1(0.00255258001f);
+    p = p * t + 0.000901217562f;
+    p = p * t - 0.0225665505f;
+    p = p * t + 0.0452117804f;
+    p = p * t - 0.0164551811f;
+    p = p * t - 0.0965276847f;
+    p = p * t + 0.486056351f;
+    const V tail = power * p * (above * quotient);
+    return {x < V{} ? tail : 1.0f - tail, power * 0.39894228f};
+}

@@ -189,9 +189,17 @@ def slopes_of_rank_4(alibi_slopes: Tensor | None) -> Tensor | None:
     return (alibi_slopes if alibi_slopes.ndim == 2 else alibi_slopes[None])[:, :, None, None]
 
 
+# Asked here, because torch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu", torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast casts attention to on this device, None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -51,3 +51,19 @@ def test_dropout_has_the_bits_of_the_engine(device, monkeypatch, pattern) -> Non
         kept.append(found.weights.cpu() != 0)
     assert torch.equal(*kept)
     assert 0.5 < float(kept[0].sum() / pattern.dense(33, 150).expand_as(kept[0]).sum()) < 0.7
+
+
+@pytest.mark.parametrize("name", ["bias", "softcap", None])
+def test_the_second_call_of_a_kind_runs_here_too(device, monkeypatch, name) -> None:
+    """By the shortcut that the first one leaves behind."""
+    inputs = [t.to(device) for t in attention_inputs(heads=2, q_length=17, k_length=20)]
+    options = {"bias": {"bias": torch.randn(17, 20, device=device)}, "softcap": {"softcap": 3.0}, None: {}}[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    for operator in ("attention_forward", "attention_backward"):
+        monkeypatch.setattr(torch.ops.heedful, operator, None)
+    plain = [heedful.attention(*inputs, backend="triton", **options) for _ in range(2)]
+    with_gradients = [heedful.attention(*leaves, backend="triton", **options) for _ in range(2)]
+    for out in with_gradients:
+        out.sum().backward()
+    torch.testing.assert_close(plain[0], plain[1])
+    torch.testing.assert_close(with_gradients[0].detach(), plain[0])

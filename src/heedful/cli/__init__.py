@@ -13,6 +13,8 @@ from .demonstration import demo
 from .diagnosis import doctor
 from .ladder import levels
 from .matrix import support
+from .new_operation import new_op
+from .operations import ops
 from .running import SETTINGS, run
 from .tuning import tune
 
@@ -29,6 +31,8 @@ app.command()(demo)
 app.command()(tune)
 app.command()(support)
 app.command()(levels)
+app.command()(ops)
+app.command()(new_op)
 app.command(context_settings=SETTINGS)(run)
 
 

@@ -14,17 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful import ops
 from heedful.api import attention as heedful_attention
 from heedful.kv_cache import KVCache
-from heedful.levels import pytorch_fused
-from heedful.levels.pytorch_fused import gelu, layer_norm, layer_norm_gelu
+from heedful.levels.pytorch_fused import gelu, layer_norm
+from heedful.ops import layer_norm_gelu, rope, swiglu
 
 __all__ = ["Cache", "attention", "gelu", "layer_norm", "layer_norm_gelu", "rope", "swiglu"]
-
-# Fused operations as far as heedful.ops has them, otherwise what PyTorch has.
-rope = getattr(ops, "rope", pytorch_fused.rope)
-swiglu = getattr(ops, "swiglu", pytorch_fused.swiglu)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -43,7 +43,7 @@ def step(
                 return function(**call)
 
         return forward
-    floating = [n for n in gradients if isinstance(call.get(n), Tensor)]
+    floating = [n for n in gradients if isinstance(call.get(n), Tensor) and call[n].is_floating_point()]
     leaves = {name: call[name].detach().requires_grad_() for name in floating}
     arguments, wanted = {**call, **leaves}, tuple(leaves.values())
     with torch.no_grad():

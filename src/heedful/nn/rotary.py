@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from heedful.arguments import LAYOUTS
 from heedful.errors import wrong_type, wrong_value
+from heedful.ops import rope
 from heedful.patterns.arguments import integer, readable
 
 SCALINGS = (None, "linear", "dynamic")
@@ -95,9 +96,13 @@ class RotaryEmbedding(nn.Module):
         length = q.shape[axis]
         if k.shape[axis] != length:
             raise wrong_value("k", f"length {k.shape[axis]}", f"q's length, {length}; rotate keys before caching them")
-        cos, sin = self._angles(self._positions(position_ids, offset, q.shape[0], length), offset, length, q.device)
-        cos, sin = (turn.unsqueeze(-2 if axis == 1 else -3) for turn in (cos, sin))
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        positions = self._positions(position_ids, offset, q.shape[0], length)
+        cos, sin, rows = self._angles(positions, offset, length, q.device)
+        interleaved, layout = self.interleaved, self.layout
+        return (
+            rope(q, cos, sin, positions=rows, interleaved=interleaved, layout=layout),
+            rope(k, cos, sin, positions=rows, interleaved=interleaved, layout=layout),
+        )
 
     def extra_repr(self) -> str:
         shown = [f"{self.head_dim}", f"base={self.base:g}"]
@@ -135,23 +140,22 @@ class RotaryEmbedding(nn.Module):
 
     def _angles(
         self, positions: Tensor | None, offset: int | Tensor, length: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 (L, rotary_dim / 2) or (B, L, rotary_dim / 2)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cosines and sines, float32 (L, rotary_dim / 2) or (B, L, rotary_dim / 2); or tables and the rows of them."""
         if positions is None:
             assert not isinstance(offset, Tensor)
             end = offset + length
             if torch.compiler.is_compiling() or self._is_raised(end):
-                return self._compute(torch.arange(offset, end, device=device), end)
+                return *self._compute(torch.arange(offset, end, device=device), end), None
             cos, sin = self._table(end, device)
-            return cos[offset:end], sin[offset:end]
+            return cos[offset:end], sin[offset:end], None
         positions = positions.to(device)
         if not readable(positions):
-            return self._compute(positions, positions.max() + 1)
+            return *self._compute(positions, positions.max() + 1), None
         end = int(positions.max()) + 1 if positions.numel() else 0
         if self._is_raised(end):
-            return self._compute(positions, end)
-        cos, sin = self._table(end, device)
-        return cos[positions], sin[positions]
+            return *self._compute(positions, end), None
+        return *self._table(end, device), positions.long()
 
     def _is_raised(self, end: int) -> bool:
         """Whether dynamic scaling changes the base for this length, so that a table would serve no other."""
@@ -182,15 +186,3 @@ class RotaryEmbedding(nn.Module):
             frequencies = frequencies / self.factor
         angles = positions.to(torch.float32)[..., None] * frequencies
         return angles.cos(), angles.sin()
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        n = self.rotary_dim
-        # Products with float32 angles are of float32 at least.
-        if self.interleaved:
-            a, b = x[..., 0:n:2], x[..., 1:n:2]
-            rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        else:
-            a, b = x[..., : n // 2], x[..., n // 2 : n]
-            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        rotated = rotated.to(x.dtype)
-        return rotated if n == self.head_dim else torch.cat((rotated, x[..., n:]), -1)

@@ -184,7 +184,7 @@ def _result(settings: Settings, key: Tensor, out: Tensor, lse: Tensor, *weights:
 
 # Past OpOverload.__call__, which only passes on its arguments: 0.3 of 5 µs.
 def _plain_shortcut(settings: Settings) -> Shortcut:
-    forward: Any = torch.ops.heedful.attention_forward.default._op
+    forward: Any = getattr(torch.ops, settings.operators).attention_forward.default._op
     code, scale, blhd, with_lse = list(settings.schedule), settings.scale, settings.blhd, settings.lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor | Attention:
@@ -195,7 +195,7 @@ def _plain_shortcut(settings: Settings) -> Shortcut:
 
 
 def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
-    forward: Any = torch.ops.heedful.attention_forward.default._op
+    forward: Any = getattr(torch.ops, settings.operators).attention_forward.default._op
     code, scale, softcap, blhd, with_lse = (
         list(settings.schedule), settings.scale, settings.softcap, settings.blhd, settings.lse
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
 
 
 def _plain_gradient_shortcut(settings: Settings) -> Shortcut:
-    operators: Any = torch.ops.heedful
+    operators: Any = getattr(torch.ops, settings.operators)
     forward, backward = operators.attention_forward.default._op, operators.attention_backward.default._op
     plan = Plan(forward, backward, list(settings.schedule), settings.scale, settings.blhd)
     return lambda q, k, v, operands: apply_plain_eagerly(q, k, v, plan, *operands)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from heedful.errors import wrong_value
 from heedful.flash_attn.rotation import check_tables, rotated
+from heedful.ops import rope
+from heedful.ops._dispatch import needs_gradient
 
 __all__ = [
     "RotaryEmbedding",
@@ -57,8 +59,11 @@ def apply_rotary_emb(
         rows = _packed_rows(cos, sin, x.shape[0], cu_seqlens, seqlen_offsets)
     if not inplace:
         return rotated(x, *rows, interleaved)
-    turned = x[..., : 2 * cos.shape[1]]
-    turned.copy_(rotated(turned, *rows, interleaved))
+    if needs_gradient(x, cos, sin):
+        turned = x[..., : 2 * cos.shape[1]]
+        turned.copy_(rotated(turned, *rows, interleaved))
+    else:
+        rope(x, *rows, interleaved=interleaved, layout="blhd", inplace=True)
     return x
 
 
