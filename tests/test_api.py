@@ -111,7 +111,7 @@ def test_zero_sizes_are_refused_where_the_call_would_be() -> None:
 
 def test_list_backends() -> None:
     statuses = {status.name: status for status in heedful.list_backends()}
-    assert list(statuses) == ["native", "sdpa", "reference"]
+    assert list(statuses) == ["native", "triton", "sdpa", "reference"]
     assert statuses["sdpa"].available
     assert statuses["reference"].reason is None
     assert statuses["native"].available == (statuses["native"].reason is None)

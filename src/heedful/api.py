@@ -22,7 +22,7 @@ from heedful.arguments import (
 from heedful.backend.base import Backend, Shortcut
 from heedful.backend.native import library
 from heedful.backend.sdpa import kept_masks
-from heedful.choose import BACKENDS, FASTEST, UNAVAILABLE, choose, decide, reasons
+from heedful.choose import BACKENDS, ENGINE, UNAVAILABLE, choose, decide, fastest, reasons
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
 from heedful.kv_cache import KVCache
@@ -286,8 +286,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> E
         notes.append("there is nothing to compute: the result is zero or has no elements")
     elif backend is not None:
         notes += backend.notes(problem)
-        if requested is None and backend.name != FASTEST and not found[FASTEST]:
-            notes.append(f"{backend.name} is measured to be faster than {FASTEST} for such a call")
+        best = fastest(problem)
+        if requested is None and backend.name != best and not found[best]:
+            notes.append(f"{backend.name} is measured to be faster than {best} for such a call")
     if backend is not None and requested is not None:
         notes.append(f"backend={requested!r} was asked for")
     return Explanation(
@@ -320,7 +321,7 @@ def clear_caches() -> None:
     for forget in forgetters:
         forget()
     kept_masks.cache_clear()
-    if FASTEST not in UNAVAILABLE:
+    if ENGINE not in UNAVAILABLE:
         library.clear_caches()
 
 
@@ -349,7 +350,8 @@ def _from_arguments(shortcut: Shortcut, call: Call, spelled_out: bool) -> Callab
     """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked, or a mask of
     a shape that was, spelled_out."""
     problem = call.problem
-    slots, sizes = problem.schedule.slots, (problem.batch, problem.heads, problem.q_length, problem.k_length)
+    slots, device = problem.schedule.slots, "cpu" if problem.device_type == "cpu" else call.query.device
+    sizes = problem.batch, problem.heads, problem.q_length, problem.k_length, device
     if not call.blhd and call.bias is None and call.alibi_slopes is None and call.sinks is None:
         if spelled_out:
             return lambda q, k, v, mask: shortcut(q, k, v, (of_rank_4(mask),))

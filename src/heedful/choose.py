@@ -11,14 +11,18 @@ from heedful.backend.native.backend import NativeBackend
 from heedful.backend.native.prefer import native_is_faster
 from heedful.backend.reference import ReferenceBackend
 from heedful.backend.sdpa import SdpaBackend
+from heedful.backend.triton.backend import TritonBackend
+from heedful.backend.triton.prefer import triton_is_faster
 from heedful.errors import unsupported, wrong_value
 from heedful.problem import Problem
 
 logger = logging.getLogger("heedful")
 
 # From the fastest to the one that runs everything.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), SdpaBackend(), ReferenceBackend())}
-FASTEST = "native"
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (NativeBackend(), TritonBackend(), SdpaBackend(), ReferenceBackend())
+}
+ENGINE = "native"
 
 # Asked once, when attention is first used: loading the engine is no part of a call, nor of a traced graph.
 UNAVAILABLE: dict[str, str] = {
@@ -45,9 +49,15 @@ def choose(problem: Problem, requested: str | None = None) -> Backend:
     """
     found = reasons(problem)
     backend = decide(problem, requested, found)
-    if requested is None and backend.name != FASTEST and found[FASTEST] and not problem.empty:
-        _log_slower_road(backend, found[FASTEST], problem)
+    best = fastest(problem)
+    if requested is None and backend.name != best and found[best] and not problem.empty:
+        _log_slower_road(backend, best, found[best], problem)
     return backend
+
+
+def fastest(problem: Problem) -> str:
+    """The backend that is the fastest on a problem's device for what it supports, a few kinds of call aside."""
+    return "triton" if problem.device_type == "cuda" else ENGINE
 
 
 def decide(problem: Problem, requested: str | None, found: dict[str, list[str]]) -> Backend:
@@ -56,19 +66,25 @@ def decide(problem: Problem, requested: str | None, found: dict[str, list[str]])
         raise wrong_value("backend", repr(requested), f"None or one of {', '.join(map(repr, BACKENDS))}")
     if requested is not None and found[requested]:
         raise unsupported(f"backend {requested!r} cannot run this call", {requested: found[requested]})
-    able = [name for name in BACKENDS if not found[name]]
+    able = [
+        name
+        for name, backend in BACKENDS.items()
+        if not found[name] and (name == requested or not backend.on_request_only(problem))
+    ]
     if not able:
         raise unsupported("no backend can run this call", found)
     if problem.empty:
         return BACKENDS["reference"]
     if requested is not None:
         return BACKENDS[requested]
-    if FASTEST in able and "sdpa" in able and not native_is_faster(problem):
+    if "sdpa" in able and (
+        (able[0] == ENGINE and not native_is_faster(problem)) or (able[0] == "triton" and not triton_is_faster(problem))
+    ):
         return BACKENDS["sdpa"]
     return BACKENDS[able[0]]
 
 
-def _log_slower_road(backend: Backend, why: list[str], problem: Problem) -> None:
+def _log_slower_road(backend: Backend, best: str, why: list[str], problem: Problem) -> None:
     # A traced call says it in heedful.explain only: logging cannot be part of a graph.
     if torch.compiler.is_compiling() or (backend.name, tuple(why)) in _logged:
         return
@@ -76,6 +92,6 @@ def _log_slower_road(backend: Backend, why: list[str], problem: Problem) -> None
     logger.warning(
         "attention runs on %s instead of %s: %s (said once for calls of this kind, heedful.explain says it for any)",
         backend.name,
-        FASTEST,
+        best,
         "; ".join([*(reason.rstrip(".") for reason in why), *backend.notes(problem)]),
     )

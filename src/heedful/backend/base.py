@@ -48,6 +48,10 @@ class Backend(ABC):
         reasons += [f"does not support {FEATURES[name]}" for name in FEATURES if name in problem.features - supported]
         return reasons
 
+    def on_request_only(self, problem: Problem) -> bool:
+        """Whether this problem runs here only where the caller names this backend."""
+        return False
+
     def notes(self, problem: Problem) -> list[str]:
         """What a user should know about how the problem would run here."""
         return []

@@ -111,13 +111,15 @@ class Pattern(ABC):
         for name in self._names:
             check_per_batch(name, getattr(self, name), batch)
 
-    def fitted(self, batch: int, heads: int, q_length: int, k_length: int) -> tuple[Tensor, ...]:
-        """`validate`, then `operands` on the CPU, kept for the next call of these sizes: a layer or a step asks for the
-        same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are copies
-        are not kept: they would not follow what is written into the tensors."""
+    def fitted(
+        self, batch: int, heads: int, q_length: int, k_length: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, ...]:
+        """`validate`, then `operands` on a device, kept for the next call of these sizes: a layer or a step asks for
+        the same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are
+        copies are not kept: they would not follow what is written into the tensors."""
         try:
             tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in self._within]
-            call = batch, heads, q_length, k_length, tensors
+            call = batch, heads, q_length, k_length, device, tensors
         except (AttributeError, RuntimeError):
             # numpy's arrays and the tensors of inference mode count no versions.
             call = None
@@ -125,7 +127,7 @@ class Pattern(ABC):
         if kept is not None and kept[0] == call:
             return held(kept[1])
         self.validate(batch, heads, q_length, k_length)
-        operands = self.operands(q_length, k_length, "cpu")
+        operands = self.operands(q_length, k_length, device)
         self._kept = (call, operands) if call is not None and self._follows(operands) else None
         return operands
 

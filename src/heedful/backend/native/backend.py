@@ -33,6 +33,8 @@ class NativeBackend(Backend):
     max_head_dim = 512
     features = frozenset({"bias", "alibi", "softcap", "sinks", "dropout", "lse", "weights", "sparse_weights", "paged"})
     gradient = True
+    operators = "heedful"
+    """The namespace of the operators that run a call."""
 
     def available(self) -> str | None:
         try:
@@ -53,7 +55,7 @@ class NativeBackend(Backend):
         return reasons
 
     def run(self, call: Call) -> Attention:
-        problem, settings = call.problem, _settings(call)
+        problem, settings = call.problem, _settings(call, self.operators)
         operands = call.pattern.operands(problem.q_length, problem.k_length, call.query.device)
         tensors = call.query, call.key, call.value, operands, call.bias, call.alibi_slopes, call.sinks
         if "gradient" in problem.features:
@@ -65,7 +67,7 @@ class NativeBackend(Backend):
     def shortcut(self, call: Call) -> Shortcut | None:
         if call.pages is not None or call.query_offset is not None:
             return None
-        problem, settings = call.problem, _settings(call)
+        problem, settings = call.problem, _settings(call, self.operators)
         whole = len(settings.parts) == 1
         if whole and not problem.features - {"lse"}:
             return _plain_shortcut(settings)
@@ -100,7 +102,7 @@ class NativeBackend(Backend):
 PARTED_PAIRS = 1 << 20
 
 
-def _settings(call: Call) -> Settings:
+def _settings(call: Call, operators: str) -> Settings:
     problem, features = call.problem, call.problem.features
     code = problem.schedule.encode()
     parts: tuple[tuple[int, ...], ...] = (code,)
@@ -115,6 +117,7 @@ def _settings(call: Call) -> Settings:
         "sparse" if "sparse_weights" in features else "dense" if "weights" in features else None,
         "lse" in features,
         parts,
+        operators,
     )
 
 
@@ -181,7 +184,7 @@ def _result(settings: Settings, key: Tensor, out: Tensor, lse: Tensor, *weights:
 
 # Past OpOverload.__call__, which only passes on its arguments: 0.3 of 5 µs.
 def _plain_shortcut(settings: Settings) -> Shortcut:
-    forward: Any = torch.ops.heedful.attention_forward.default._op
+    forward: Any = getattr(torch.ops, settings.operators).attention_forward.default._op
     code, scale, blhd, with_lse = list(settings.schedule), settings.scale, settings.blhd, settings.lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor | Attention:
@@ -192,7 +195,7 @@ def _plain_shortcut(settings: Settings) -> Shortcut:
 
 
 def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
-    forward: Any = torch.ops.heedful.attention_forward.default._op
+    forward: Any = getattr(torch.ops, settings.operators).attention_forward.default._op
     code, scale, softcap, blhd, with_lse = (
         list(settings.schedule), settings.scale, settings.softcap, settings.blhd, settings.lse
     )  # fmt: skip
@@ -219,7 +222,7 @@ def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
 
 
 def _plain_gradient_shortcut(settings: Settings) -> Shortcut:
-    operators: Any = torch.ops.heedful
+    operators: Any = getattr(torch.ops, settings.operators)
     forward, backward = operators.attention_forward.default._op, operators.attention_backward.default._op
     plan = Plan(forward, backward, list(settings.schedule), settings.scale, settings.blhd)
     return lambda q, k, v, operands: apply_plain_eagerly(q, k, v, plan, *operands)

@@ -24,6 +24,8 @@ class Settings(NamedTuple):
     lse: bool
     parts: tuple[tuple[int, ...], ...]
     """The schedule again, in one or more that share no pair: each is a call of its own."""
+    operators: str = "heedful"
+    """The namespace of the operators that run it."""
 
 
 class EngineAttention(torch.autograd.Function):
@@ -146,8 +148,9 @@ def attend(
     query_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of all parts of the schedule; a sink belongs to the first."""
+    operators = getattr(torch.ops, settings.operators)
     found = [
-        torch.ops.heedful.attention_forward.default(
+        operators.attention_forward.default(
             query, key, value, operands, part, settings.scale, settings.blhd, bias, alibi_slopes,
             sinks if part is settings.parts[0] else None, settings.softcap, settings.dropout_p, seed, pages,
             query_offset,
@@ -188,11 +191,10 @@ def compute_weights(
     """The weights (B, H, Lq, Lk), or for "sparse" those of the attended pairs (n,) and their indices (4, n)."""
     schedule, scale, softcap, dropout_p, _, kind, *_ = settings
     features = bias, alibi_slopes, softcap, dropout_p, seed, query_offset
+    operators = getattr(torch.ops, settings.operators)
     if kind == "dense":
-        return (torch.ops.heedful.attention_weights.default(query, key, lse, operands, schedule, scale, *features),)
-    indices, values = torch.ops.heedful.attention_weights_sparse.default(
-        query, key, lse, operands, schedule, scale, *features
-    )
+        return (operators.attention_weights.default(query, key, lse, operands, schedule, scale, *features),)
+    indices, values = operators.attention_weights_sparse.default(query, key, lse, operands, schedule, scale, *features)
     return values, indices
 
 
@@ -204,7 +206,8 @@ def _backward(
     _grad_indices: Tensor | None = None,
 ) -> _Gradients:
     query, key, value, bias, alibi_slopes, sinks, seed, query_offset, out, lse, *rest = ctx.saved_tensors
-    _, scale, softcap, dropout_p, _, kind, _, parts = ctx.settings
+    _, scale, softcap, dropout_p, _, kind, _, parts, namespace = ctx.settings
+    operators = getattr(torch.ops, namespace)
     operands = rest if kind is None else rest[1:] if kind == "dense" else rest[2:]
     none = (None,) * (1 + len(operands))
     if grad_weights is not None:
@@ -222,7 +225,7 @@ def _backward(
         grad_lse = grad_lse.contiguous()
     needs_bias, needs_slopes, needs_sinks = ctx.needs_input_grad[3:6]
     found = [
-        torch.ops.heedful.attention_backward.default(
+        operators.attention_backward.default(
             grad_out, query, key, value, out, lse, operands, part, scale, bias, alibi_slopes, softcap, dropout_p, seed,
             grad_lse, grad_weights, needs_bias, needs_slopes, query_offset,
         )

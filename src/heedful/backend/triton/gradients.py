@@ -1,0 +1,303 @@
+"""The backward from tensors to launches, as launch.py has the forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from heedful.backend.triton.launch import (
+    INT32,
+    LOG2E,
+    broadcast_strides,
+    cdiv,
+    device_limits,
+    dtypes_of,
+    hidden,
+    in_rows,
+    in_units,
+    kernels,
+    operand_numbers,
+    threshold,
+)
+from heedful.backend.triton.plan import Plan, plan
+from heedful.backend.triton.tuning import Tiles, backward_tiles, split_dim
+from heedful.patterns.schedule import Schedule
+
+
+class Backward(NamedTuple):
+    """What the backward is compiled for."""
+
+    plan: Plan
+    query_tiles: Tiles
+    key_tiles: Tiles
+    query_constants: tuple[Any, ...]
+    key_constants: tuple[Any, ...]
+    compiled: dict[Hashable, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    code: tuple[int, ...],
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    has: tuple[bool, ...],
+    want_slopes: bool,
+    unit: int,
+    tf32: bool,
+) -> Backward:
+    made = plan(code)
+    softcap, bias, alibi, dropout, _, _ = has
+    heavy = softcap or bias or dropout or alibi or not made.gapless
+    over_queries, over_keys = (
+        backward_tiles(arch, dtype, head_dim, value_dim, made.block, heavy, keys) for keys in (False, True)
+    )
+    if dropout and over_queries.columns < 64:
+        over_queries = over_queries._replace(columns=64)
+    d0, d1 = split_dim(head_dim, unit)
+    v0, v1 = split_dim(value_dim, unit)
+    common = (
+        made.gapless and not bias, d0, d1, v0, v1,
+        d0 + d1 != head_dim, v0 + v1 != value_dim,
+    )  # fmt: skip
+    last = unit, "tf32" if tf32 else "ieee", kernels().INTERPRETED and dtype == torch.bfloat16
+    return Backward(
+        made,
+        over_queries,
+        over_keys,
+        (
+            *made[:4],
+            made.monotone[0],
+            *common,
+            over_queries.rows,
+            over_queries.columns,
+            *has,
+            want_slopes,
+            *last,
+            over_queries.stages,
+        ),
+        (*made[:4], made.monotone[1], *common, over_keys.rows, over_keys.columns, *has, *last, over_keys.stages),
+        {},
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    schedule: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    bias_gradient: bool,
+    slopes_gradient: bool,
+    query_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, delta (B, H, Lq), that of the bias with its keys spelled out, and that of
+    the slopes (B, H, Lq); the last two of shape (0,) where they are not asked for."""
+    batch, heads, q_length, head_dim = query.shape
+    kv_heads, k_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    query, key, value, grad_out, out = map(in_rows, (query, key, value, grad_out, out))
+    grad_query, grad_key, grad_value = _gradient(query), _gradient(key), _gradient(value)
+    delta = torch.empty_like(lse)
+    grad_slopes = torch.empty_like(lse) if slopes_gradient else lse.new_empty(0)
+    index = query.get_device()
+    arch, _ = device_limits(index)
+    code = tuple(schedule)
+    numbers, _, usual = operand_numbers(operands)
+    featured = bool(softcap) or bias is not None or alibi_slopes is not None
+    has = (
+        bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None,
+        grad_weights is not None,
+    )  # fmt: skip
+    tensors = query, key, value, grad_out, grad_query, grad_key, grad_value
+    strides = [tensor.stride() for tensor in tensors]
+    bits = 0
+    for tensor_strides in strides:
+        bits |= tensor_strides[0] | tensor_strides[1] | tensor_strides[2]
+    unit = 1 if bits & 7 else 8
+    pointers = 0 if bias is None else bias.data_ptr()
+    for tensor in (query, key, value, grad_out, out):
+        pointers |= tensor.data_ptr()
+    usual = usual and not pointers & 15 and bits < INT32 // 2
+    tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, tf32)
+    if grad_weights is not None:
+        grad_weights = grad_weights.contiguous()
+        usual = False
+    compiled = made.compiled if usual else None
+    kind = dtypes_of(bias, alibi_slopes)
+
+    rows = batch * heads * q_length
+    block_v = max(16, 1 << (value_dim - 1).bit_length())
+    block_r = max(1, 2048 // block_v)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    kernels().launch(
+        kernels().row_delta, (-(-rows // block_r), 1),
+        (out, grad_out, grad_lse, delta, hidden(out.stride()[:3]), hidden(strides[3][:3]), rows, heads, q_length,
+        value_dim),
+        (block_r, block_v, grad_lse is not None), 4, 1, index, compiled, ("delta", grad_lse is not None),
+    )  # fmt: skip
+    scales = scale if featured else scale * LOG2E, scale
+    features = softcap, threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    units = [in_units(tensor_strides, unit) for tensor_strides in strides]
+    extras = bias, alibi_slopes, seed, query_offset, tuple(operands)
+    extra_strides = broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3), broadcast_strides(query_offset, 2)
+    sizes = heads, heads // kv_heads, q_length, k_length, head_dim, value_dim
+    step = made.plan.step
+    tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
+    kernels().launch(
+        kernels().query_gradient, (tiles * step * batch * heads, 1),
+        (
+            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras, *units[:5],
+            *extra_strides,
+            numbers, *sizes, tiles, *scales, *features,
+        ),
+        made.query_constants, made.query_tiles.warps, made.query_tiles.stages, index, compiled, ("query", kind),
+    )  # fmt: skip
+    tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
+    kernels().launch(
+        kernels().key_value_gradients, (tiles * step * batch * kv_heads, 1),
+        (
+            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras, *units[:4],
+            *units[5:],
+            *extra_strides, numbers, *sizes, tiles, *scales, *features,
+        ),
+        made.key_constants, made.key_tiles.warps, made.key_tiles.stages, index, compiled, ("key", kind),
+    )  # fmt: skip
+    grad_bias = lse.new_empty(0)
+    if bias_gradient and bias is not None:
+        grad_bias = lse.new_empty((*bias.shape[:3], k_length))
+        _dense(
+            grad_bias, query, key, value, grad_out, grad_weights, lse, delta, bias, alibi_slopes, seed, query_offset,
+            operands, code, scale, softcap, dropout_p,
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    schedule: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None = None,
+) -> Tensor:
+    """The weights (B, H, Lq, Lk) after dropout, in the query's dtype."""
+    query, key = in_rows(query), in_rows(key)
+    result = query.new_empty((*query.shape[:3], key.shape[2]))
+    _dense(
+        result, query, key, None, None, None, lse, None, bias, alibi_slopes, seed, query_offset, operands,
+        tuple(schedule), scale, softcap, dropout_p,
+    )  # fmt: skip
+    return result
+
+
+def sparse_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    schedule: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Indices (4, n), in ascending order, and weights (n,) of the pairs that count."""
+    dense = weights(
+        query, key, lse, operands, schedule, scale, bias, alibi_slopes, softcap, dropout_p, seed, query_offset
+    )
+    q_length, k_length = dense.shape[2:]
+    pairs = Schedule.decode(schedule).rows(0, q_length, q_length, k_length, operands).to(dense.device)
+    if bias is not None:
+        pairs = pairs & (bias != -torch.inf)
+    indices = pairs.expand(dense.shape).nonzero().T.contiguous()
+    return indices, dense[tuple(indices)]
+
+
+def _dense(
+    result: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_out: Tensor | None,
+    grad_weights: Tensor | None,
+    lse: Tensor,
+    delta: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    query_offset: Tensor | None,
+    operands: Sequence[Tensor],
+    code: tuple[int, ...],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> None:
+    """Fills weights, or with a delta the gradient of a bias."""
+    batch, heads, q_length, head_dim = query.shape
+    kv_heads, k_length = key.shape[1:3]
+    gradient = value is not None
+    value_dim = value.shape[3] if value is not None else 1
+    numbers, _, _ = operand_numbers(operands)
+    made = plan(code, False)
+    rows, columns = (
+        (16, 64) if max(head_dim, value_dim) > 128 else (64, 64) if query.dtype != torch.float32 else (32, 64)
+    )
+    strides = [hidden((0, 0, 0) if t is None else t.stride()[:3]) for t in (query, key, value, grad_out)]
+    extra_strides = broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3), broadcast_strides(query_offset, 2)
+    sums = result.shape[0] < batch, result.shape[1] < heads, result.shape[2] < q_length
+    row_tiles, column_tiles = -(-q_length // rows), -(-k_length // columns)
+    interpreted = kernels().INTERPRETED and query.dtype == torch.bfloat16
+    tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    kernels().launch(
+        kernels().dense_tiles,
+        (column_tiles * (1 if sums[2] else row_tiles) * result.shape[1] * result.shape[0], 1),
+        (
+            result, query, key, value, grad_out, grad_weights, lse, delta, bias, alibi_slopes, seed, query_offset,
+            tuple(operands), (*strides, *extra_strides), numbers,
+            heads, heads // kv_heads, q_length, k_length, head_dim, value_dim, hidden(result.stride()[:3]),
+            1 if sums[2] else row_tiles, column_tiles, result.shape[1], batch if sums[0] else 1,
+            heads if sums[1] else 1, row_tiles if sums[2] else 1, scale, softcap, threshold(dropout_p),
+            1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        ),
+        (
+            made.code, *split_dim(head_dim), *split_dim(value_dim), rows, columns, bool(softcap), bias is not None,
+            alibi_slopes is not None, dropout_p > 0, query_offset is not None, grad_weights is not None, gradient,
+            sums[2], "tf32" if tf32 else "ieee", interpreted,
+        ),
+        8, 1, query.get_device(), None, None,
+    )  # fmt: skip
+
+
+def _gradient(of: Tensor) -> Tensor:
+    """Dense, in (B, L, H, D) memory order where the tensor is."""
+    batch, heads, length, dim = of.shape
+    if of.stride(1) < of.stride(2):
+        return of.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return of.new_empty(batch, heads, length, dim)

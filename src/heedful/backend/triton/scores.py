@@ -1,0 +1,81 @@
+"""From products of queries and keys to scores and weights inside a tile: softcap, bias, ALiBi, dropout."""
+
+# Triton compiles these functions from their source, and takes no annotations of ours.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """To a few units in the last place, also near 0, where 1 - 2 / (e^2x + 1) cancels; Triton has none of its own."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    bounded = tl.minimum(tl.maximum(x, -20.0), 20.0)
+    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * bounded) + 1))
+
+
+@triton.jit
+def with_features(
+    scores, softcap, bias, slope, distance, keep, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Scaled products of a tile as scores, beside them tanh of the softcap, and the pairs that a bias leaves.
+
+    bias points at each pair's own; slope and distance broadcast to the tile. It may be a tile of queries and keys or of
+    keys and queries.
+    """
+    bend = scores
+    if HAS_SOFTCAP:
+        bend = tanh(scores / softcap)
+        scores = softcap * bend
+    if HAS_BIAS:
+        added = tl.load(bias, mask=keep, other=0).to(tl.float32)
+        keep = keep & (added != float("-inf"))
+        scores += added
+    if HAS_ALIBI:
+        scores -= slope * distance
+    return scores, bend, keep
+
+
+@triton.jit
+def _kept(word, threshold):
+    # Unsigned order by signed comparison: the caller subtracted 2^31 from the threshold.
+    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def _words(seed, column, i, head, batch):
+    low = (column - column) + i * 0
+    return tl.philox(seed, (column + low).to(tl.uint32), (i + low).to(tl.uint32), (head + low).to(tl.uint32),
+                     (batch + low).to(tl.uint32))  # fmt: skip
+
+
+@triton.jit
+def dropout_keep(
+    seed, threshold, i, head, batch, start, j, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr
+):
+    """Which weights of a tile (queries, keys) dropout keeps, as `heedful.dropout.keep_mask`.
+
+    RUN: keys are start, start + 1, ... from a multiple of 64 on; one evaluation then serves four of them.
+    """
+    if RUN:
+        quarter = tl.arange(0, COLUMNS // 4)
+        word0, word1, word2, word3 = _words(seed, (start // 4 + quarter)[None, :], i[:, None], head[:, None], batch)
+        kept = tl.join(
+            tl.join(_kept(word0, threshold).to(tl.int8), _kept(word2, threshold).to(tl.int8)),
+            tl.join(_kept(word1, threshold).to(tl.int8), _kept(word3, threshold).to(tl.int8)),
+        )
+        kept = tl.reshape(kept, [ROWS, COLUMNS // 64, 16, 2, 2])
+        kept = tl.reshape(tl.permute(kept, [0, 1, 3, 4, 2]), [ROWS, COLUMNS])
+        return kept != 0
+    else:
+        column = 16 * (j // 64) + j % 16
+        word0, word1, word2, word3 = _words(seed, column[None, :], i[:, None], head[:, None], batch)
+        which = (j // 16 % 4)[None, :]
+        word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
+        return _kept(word, threshold)

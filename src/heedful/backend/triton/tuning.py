@@ -1,0 +1,139 @@
+"""Tile sizes: a pure function of the architecture, the dtype, the head dims and what a call does beside attention."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: rows and columns of a tile, warps of a program, tiles under way at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    """Whether the copy engine of sm_90 brings in tiles that need no mask."""
+
+
+# Forward tiles of 16-bit types by the larger head dim (up to 64, 128, 256, 512). Those of 90 up to 256, and of its
+# backward up to 128, are the best of `benchmarks/gpu.py --sweep` on an H200 (triton 3.6); of 128 the best for a window.
+_FORWARD = {
+    80: {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2), 512: Tiles(32, 16, 4, 1)},
+    90: {
+        64: Tiles(64, 64, 4, 3, True),
+        128: Tiles(64, 64, 4, 3),
+        256: Tiles(128, 64, 8, 2, True),
+        512: Tiles(64, 32, 8, 1),
+    },
+}
+# The same for what attends to nearly everything, as full and causal attention do, where descriptors bring in the tiles:
+# of these 128 x 64 with 4 warps is the fastest, and spills its masks where most tiles have one.
+_DENSE = {90: {64: Tiles(64, 64, 4, 2, True), 128: Tiles(128, 64, 4, 2, True)}}
+# The same in float32 on the cores for single numbers, which no tile size makes fast.
+_FORWARD_SINGLE = {
+    64: Tiles(64, 32, 4, 2),
+    128: Tiles(32, 32, 4, 2),
+    256: Tiles(32, 16, 4, 1),
+    512: Tiles(16, 16, 4, 1),
+}
+
+overrides: dict[tuple[object, ...], Tiles] = {}
+"""Tiles that were measured on this machine, by the arguments of `forward_tiles`."""
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The table for a device: that of the newest architecture which is no newer."""
+    found = capability[0] * 10 + capability[1]
+    return max([known for known in _FORWARD if known <= found], default=min(_FORWARD))
+
+
+def _by_dim(table: dict[int, Tiles], dim: int) -> Tiles:
+    return table[min(size for size in table if size >= dim)]
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_tiles(
+    arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, rows: int, block: int, heavy: bool, dense: bool
+) -> Tiles:
+    """Tiles of the forward.
+
+    rows: query rows of a program's head, where they are few (a power of 2 up to 64), otherwise 0. block: the smallest
+    block of a map, 0 without one. heavy: whether there are features that keep further tiles of numbers alive.
+    dense: whether nearly all tiles are full and come by descriptors.
+    """
+    key = (arch, dtype, head_dim, value_dim, rows, block, heavy, dense)
+    if key in overrides:
+        return overrides[key]
+    dim = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        tiles = _by_dim(_FORWARD_SINGLE, dim)
+    else:
+        tiles = _by_dim(_FORWARD[arch], dim)
+        if dense and not (heavy or rows) and dim <= 128:
+            tiles = _by_dim(_DENSE.get(arch, _FORWARD[arch]), dim)
+    if heavy:
+        tiles = Tiles(min(tiles.rows, 64), min(tiles.columns, 64), min(tiles.warps, 4), min(tiles.stages, 2))
+        if dim > 128:
+            tiles = tiles._replace(columns=min(tiles.columns, 32), warps=8)
+    if rows and rows < tiles.rows:
+        tiles = Tiles(max(rows, 16), min(max(tiles.columns, 64), 128 if dim <= 128 else 64), 4, max(tiles.stages, 2))
+    if block >= 16:
+        size = 1 << (block.bit_length() - 1)
+        tiles = tiles._replace(rows=min(tiles.rows, size), columns=min(tiles.columns, size))
+        if tiles.rows <= 64:
+            tiles = tiles._replace(warps=4)
+    return tiles
+
+
+# Of the two kernels of the backward: tiles of queries x keys.
+_QUERY_GRADIENT = {
+    80: {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 1)},
+    90: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
+}
+_KEY_GRADIENT = {
+    80: {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 1)},
+    90: {64: Tiles(32, 128, 4, 2), 128: Tiles(32, 128, 8, 3), 256: Tiles(32, 64, 8, 2)},
+}
+_GRADIENT_SINGLE = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 4, 1)}
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_tiles(
+    arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, block: int, heavy: bool, keys: bool
+) -> Tiles:
+    """Tiles of the gradient of queries or, with `keys`, of that of keys and values; arguments as `forward_tiles`."""
+    dim = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        tiles = _by_dim(_GRADIENT_SINGLE, dim)
+    else:
+        tiles = _by_dim((_KEY_GRADIENT if keys else _QUERY_GRADIENT)[arch], dim)
+        if heavy:
+            tiles = tiles._replace(
+                rows=min(tiles.rows, 64), columns=min(tiles.columns, 64), warps=4 if dim <= 64 else 8
+            )
+    if block >= 16:
+        size = 1 << (block.bit_length() - 1)
+        tiles = tiles._replace(rows=min(tiles.rows, size), columns=min(tiles.columns, size))
+        if tiles.rows * tiles.columns <= 64 * 64:
+            tiles = tiles._replace(warps=4)
+    return tiles
+
+
+def split_dim(dim: int, unit: int = 8) -> tuple[int, int]:
+    """A head dim as one power of 2 or two of them, the second 0 where there is one: 80 is 64 + 16.
+
+    Not so where strides are no multiple of 8 elements, `unit` 1: rows then come one number at a time, and two parts of
+    them need more registers than there are.
+    """
+    whole = max(16, 1 << (dim - 1).bit_length())
+    if unit == 1:
+        return whole, 0
+    first = max(16, 1 << (dim.bit_length() - 1))
+    if first >= dim:
+        return first, 0
+    rest = max(16, 1 << (dim - first - 1).bit_length())
+    return (first, rest) if first + rest < whole else (whole, 0)
