@@ -23,8 +23,8 @@ from torch import Tensor
 
 from heedful.backend import sdpa as sdpa_backend
 from heedful.backend.native import library, prefer
-from heedful.sdpa import call, fast_path, patched
-from heedful.sdpa.call import torch_sdpa
+from heedful.sdpa import fast_path, patched
+from heedful.sdpa.call import few_pairs_behind, torch_sdpa
 
 NAME = "heedful"
 _NEVER = 2**63 - 1
@@ -144,10 +144,8 @@ def _limits() -> Tensor:
     table = prefer.load_table()
     if table is None:
         return torch.tensor([_NEVER] * 4 + [0, 0])
-    # Behind PyTorch's own function there is less to make good for wide types.
-    wide, narrow = call.FEW_PAIRS_WIDE // 2, call.FEW_PAIRS
-    fewest = {"float32": wide, "bfloat16": narrow, "float16": narrow, "float64": wide}
-    pairs = [max(few, table["few_pairs"][name]) for name, few in fewest.items()]
+    names = ("float32", "bfloat16", "float16", "float64")
+    pairs = [max(few_pairs_behind(getattr(torch, name)), table["few_pairs"][name]) for name in names]
     return torch.tensor([*pairs, table["few_queries"], table["cached_bytes"]])
 
 

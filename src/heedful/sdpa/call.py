@@ -145,6 +145,13 @@ def remember_small(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
 # wide ones, for 16-bit types under a mask (benchmarks/sdpa_door.py). Wide types need so many pairs in each head too.
 FEW_PAIRS, FEW_PAIRS_WIDE, _FEW_PAIRS_UNDER_A_MASK = 512, 4096, 2048
 _FEW_PAIRS_OF_A_HEAD = 1024
+
+
+def few_pairs_behind(dtype: torch.dtype) -> int:
+    """The same behind PyTorch's own function, where there is less to make good for wide types."""
+    return FEW_PAIRS_WIDE // 2 if dtype.itemsize > 2 else FEW_PAIRS
+
+
 # Below so many reading a mask costs more than it saves.
 _FEWEST_READ = 1 << 15
 # Up to so many pairs PyTorch writes a masked call out in less time than it takes to read the mask.

@@ -17,10 +17,11 @@ from torch.overrides import handle_torch_function
 
 from heedful.arguments import DTYPES
 from heedful.backend.native.prefer import engine_pays
-from heedful.sdpa import call, record
+from heedful.sdpa import record
 from heedful.sdpa.call import (
     attend,
     call_torch,
+    few_pairs_behind,
     find_obstacle,
     is_torchs_at_a_glance,
     remember_small,
@@ -85,7 +86,7 @@ def _attend(
             return None
         batch, heads, q_length, head_dim = query.shape
         pairs = batch * heads * q_length * key.shape[2]
-        if pairs < (call.FEW_PAIRS if query.dtype.itemsize <= 2 else call.FEW_PAIRS_WIDE // 2) or not engine_pays(
+        if pairs < few_pairs_behind(query.dtype) or not engine_pays(
             query.dtype, batch, heads, key.shape[1], q_length, key.shape[2], head_dim
         ):
             remember_small(query, key, value, None)
