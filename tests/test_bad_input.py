@@ -179,7 +179,12 @@ def test_layout(value) -> None:
 
 @pytest.mark.parametrize("value", ["cuda", "", 3, ["sdpa"]], ids=repr)
 def test_unknown_backend(value) -> None:
-    refused(ValueError, ["backend takes None or one of 'native', 'sdpa'", repr(value)], *tensors(), backend=value)
+    refused(
+        ValueError,
+        ["backend takes None or one of 'native', 'triton', 'sdpa', 'reference'", repr(value)],
+        *tensors(),
+        backend=value,
+    )
 
 
 @pytest.mark.parametrize("value", [Causal, "causal", 5, [Causal()]], ids=repr)
