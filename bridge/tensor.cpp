@@ -31,17 +31,17 @@ heedful_dtype engine_dtype(AtenTensorHandle tensor, const char *name) {
     fail(std::string(name) + " must be float32, bfloat16, float16, float64, int32, int64 or bool");
 }
 
-int32_t torch_dtype(heedful_dtype dtype) {
-    for (const DtypePair &pair : dtypes)
-        if (pair.engine == dtype) return pair.torch;
-    fail("heedful: no torch dtype for the engine's dtype " + std::to_string(dtype));
-}
-
 } // namespace
 
 void fail(const std::string &message) {
     aoti_torch_check(false, "heedful", __FILE__, __LINE__, message.c_str());
     __builtin_unreachable();
+}
+
+int32_t torch_dtype(heedful_dtype dtype) {
+    for (const DtypePair &pair : dtypes)
+        if (pair.engine == dtype) return pair.torch;
+    fail("heedful: no torch dtype for the engine's dtype " + std::to_string(dtype));
 }
 
 Tensor Tensor::optional(StableIValue value) {
