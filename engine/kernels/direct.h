@@ -92,13 +92,13 @@ template <class A> struct Direct {
     }
 
     // Scores of all rows against the first `keys` of one unit; `next` are the rows that will be wanted some units
-    // later.
+    // later, null for none.
     static INLINE void scores(const Word *query, int64_t stride, int rows, const Input *const *key,
                               const Input *const *next, int keys, int64_t head_dim, T *score) {
         const auto against = [&](int first, auto count) {
             constexpr int M = decltype(count)::value, KEYS = LANES / M;
             for (int k = 0; k < keys; k += KEYS) {
-                if (first == 0)
+                if (first == 0 && next)
                     for (int ahead = k; ahead < k + KEYS; ++ahead) prefetch(next[ahead], head_dim);
                 score_keys<M>(query + first * stride, stride, key + k, head_dim, score + first * SCORE_STRIDE + k);
             }
