@@ -35,18 +35,20 @@ class Documents(Pattern):
         cu_q: int32 or int64 tensor (n + 1,): 0, then where each of the n documents ends in the queries, the last
             at their length. Documents may be empty.
         cu_k: the same for the keys; as `cu_q` if None.
-        within: the pattern inside each document.
+        within: the pattern inside each document; None is `Full()`.
 
     Raises:
         TypeError, ValueError: `cu_q` or `cu_k` is not such a tensor, their sizes differ, or `within` is not a
             pattern; contents are looked at on the CPU only. At the call, they do not end at the lengths.
     """
 
-    def __init__(self, cu_q: Array, cu_k: Array | None = None, within: Pattern = Full()) -> None:  # noqa: B008
+    def __init__(self, cu_q: Array, cu_k: Array | None = None, within: Pattern | None = None) -> None:
         self.cu_q = _cumulative("cu_q", cu_q)
         self.cu_k = None if cu_k is None else _cumulative("cu_k", cu_k)
         if self.cu_k is not None and count(self.cu_k) != count(self.cu_q):
             raise ValueError(f"cu_k takes as many elements as cu_q, {count(self.cu_q)}, got {count(self.cu_k)}")
+        # Not as the default itself, which torch 2.11 cannot trace.
+        within = Full() if within is None else within
         if not isinstance(within, Pattern):
             raise TypeError(f"within takes a Pattern, got {describe(within)}")
         self.within = within
