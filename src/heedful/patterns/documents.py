@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -52,6 +52,10 @@ class Documents(Pattern):
         if not isinstance(within, Pattern):
             raise TypeError(f"within takes a Pattern, got {describe(within)}")
         self.within = within
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.cu_q, self.cu_k, None if self.within == Full() else self.within
 
     def pairs(self, i: Tensor, j: Tensor, q_length: int, k_length: int) -> Tensor:
         self._check_ends(q_length, k_length)
