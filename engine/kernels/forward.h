@@ -142,8 +142,8 @@ template <class A> struct Forward {
     struct Operands {
         const Word *value[UNITS];
         const Input *key_row[KEY_BLOCK], *value_row[KEY_BLOCK];
-        const Input *next_key[KEY_BLOCK], *next_value[KEY_BLOCK]; // of some units later, where `ahead`
-        bool ahead;
+        const Input *next_key[KEY_BLOCK], *next_value[KEY_BLOCK]; // of some units later, where there are pages
+        typename InPlace::Ahead ahead_key, ahead_value;
         int keys; // of the listed units, without those behind the last that a row uses
     };
 
@@ -161,7 +161,7 @@ template <class A> struct Forward {
         if constexpr (DIRECT) {
             for (int u = 0; u < seen.unit_count; ++u)
                 InPlace::scores(query, InPlace::query_stride(call.head_dim), rows, operands.key_row + u * UNIT,
-                                operands.ahead ? operands.next_key + u * UNIT : nullptr,
+                                operands.ahead_key + u * UNIT,
                                 operands.keys - u * UNIT < UNIT ? operands.keys - u * UNIT : UNIT, call.head_dim,
                                 s.score + u * UNIT);
         }
@@ -204,8 +204,8 @@ template <class A> struct Forward {
         }
         if (rules.drops) drop_weights(rules, block, seen, listed, rows, s.weight);
         if constexpr (DIRECT) {
-            InPlace::values(s.weight, rows, operands.value_row, operands.ahead ? operands.next_value : nullptr,
-                            operands.keys, call.value_dim, out, s.value_stride, decay);
+            InPlace::values(s.weight, rows, operands.value_row, operands.ahead_value, operands.keys, call.value_dim,
+                            out, s.value_stride, decay);
         } else {
             Tile::for_panels(rows, [&](int first, auto count) {
                 const typename Tile::Listed &own = listed[first / PANEL];
@@ -353,7 +353,17 @@ template <class A> struct Forward {
                                  Operands &operands) {
         const int64_t row_bytes = call.head_dim * int64_t(sizeof(Input));
         const int64_t ahead = round_up(call.prefetch_bytes / row_bytes, UNIT);
-        operands.ahead = seen.unit_count && block + seen.index[0] * UNIT + ahead < call.k_length;
+        // Pages may follow each other anywhere. Other rows lie at one stride, and what lies behind the last is asked
+        // for in vain.
+        const bool follows = seen.unit_count && block + seen.index[0] * UNIT + ahead < call.k_length, paged = keys.page;
+        operands.ahead_key = {!follows ? nullptr
+                              : paged  ? operands.next_key
+                                       : operands.key_row,
+                              paged ? 0 : ahead * keys.row_stride};
+        operands.ahead_value = {!follows ? nullptr
+                                : paged  ? operands.next_value
+                                         : operands.value_row,
+                                paged ? 0 : ahead * values.row_stride};
         for (int u = 0; u < seen.unit_count; ++u) {
             const int key = seen.index[u] * UNIT;
             const int64_t first = block + key;
@@ -369,7 +379,7 @@ template <class A> struct Forward {
             const Input **key_row = operands.key_row + u * UNIT, **value_row = operands.value_row + u * UNIT;
             keys.rows(first, count, key_row);
             values.rows(first, count, value_row);
-            if (operands.ahead) {
+            if (follows && paged) {
                 find_next(keys, first + ahead, count, key_row, operands.next_key + u * UNIT);
                 find_next(values, first + ahead, count, value_row, operands.next_value + u * UNIT);
             }

@@ -241,7 +241,8 @@ def attention(
         with torch.autocast(call.problem.device_type, enabled=False):
             result = chosen.run(call)
     out = result.out.transpose(1, 2) if call.blhd else result.out
-    return result._replace(out=out) if return_lse or return_weights else out
+    # Not by _replace, which torch 2.11 cannot trace.
+    return Attention(out, result.lse, result.weights) if return_lse or return_weights else out
 
 
 def make_shortcut(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AllOptions]) -> Shortcut | None:
