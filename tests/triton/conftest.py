@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,22 @@ from comparison import check
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 ANYWHERE = ("test_interpreter.py", "test_compiled.py", "test_choice.py", "test_plan.py")
+
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _patch_language = interpreter._patch_lang
+
+    def _patch_language_once(function: Any) -> object:
+        """The interpreter goes through all of triton.language at every call inside a kernel: a third of the time."""
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return _patch_language(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = _patch_language_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

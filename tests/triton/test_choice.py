@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heedful import Causal, Full, Longformer, Mask, SlidingWindow
-from heedful.backend.triton.plan import plan
+from heedful import Causal, Chunked, Full, Longformer, Mask, Padding, SlidingWindow
+from heedful.backend.triton.plan import attends_to_all, plan
 from heedful.backend.triton.prefer import triton_is_faster
-from heedful.backend.triton.tuning import Tiles, forward_tiles, split_dim
+from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, key_runs, split_dim, takes_dense_tiles
 from heedful.problem import Problem
 
 MASKED = Mask(torch.ones(4, 4, dtype=torch.bool))
@@ -56,15 +56,17 @@ def test_all_else_is_triton_s(call) -> None:
 
 
 def test_tiles_depend_on_what_is_attended_to() -> None:
-    wide = forward_tiles(90, torch.bfloat16, 128, 128, 0, 0, False, True)
-    assert wide == Tiles(128, 64, 4, 2, True)
-    assert forward_tiles(90, torch.bfloat16, 128, 128, 0, 0, False, False) == Tiles(64, 64, 4, 3)
+    assert forward_tiles(90, torch.bfloat16, 128, 128, 0, 0, False, True) == Tiles(128, 64, 4, 2, True)
+    assert forward_tiles(90, torch.bfloat16, 128, 128, 0, 0, False, False) == Tiles(64, 64, 4, 3, True)
     assert forward_tiles(90, torch.bfloat16, 128, 128, 0, 0, True, True).stages == 2
-    assert forward_tiles(90, torch.bfloat16, 128, 128, 16, 0, False, True).rows == 16
+    assert forward_tiles(90, torch.bfloat16, 128, 128, 8, 0, False, True) == Tiles(16, 128, 4, 3, True)
+    assert forward_tiles(80, torch.bfloat16, 128, 128, 32, 0, False, True).rows == 32
     dense = {
         pattern: plan(pattern.schedule.encode()).dense for pattern in (Full(), Causal(), SlidingWindow(9, 0), MASKED)
     }
-    assert list(dense.values()) == [True, True, False, False]
+    assert list(dense.values()) == [True, False, False, False]
+    causal = plan(Causal().schedule.encode())
+    assert [takes_dense_tiles(causal.dense, causal.one_sided, dim) for dim in (64, 80, 128, 256)] == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,40 @@ def test_tiles_depend_on_what_is_attended_to() -> None:
 def test_head_dims_are_split_where_that_loads_less(dim, parts) -> None:
     assert split_dim(dim) == parts
     assert split_dim(dim, unit=1) == (16 if dim == 1 else 64 if dim == 33 else 128, 0)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 9), (9, 1), (7, 12), (12, 7), (9, 9)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Full(), Causal(), Causal(0), Causal(-3), SlidingWindow(3), SlidingWindow(3, 0), SlidingWindow(0, 2, offset=4),
+        Longformer(2, 1), SlidingWindow(None, 2) & SlidingWindow(4, None), Causal() | SlidingWindow(20),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_patterns_that_attend_to_every_key_or_from_every_query(pattern, lengths) -> None:
+    dense = pattern.dense(*lengths)[0, 0]
+    code = pattern.schedule.encode()
+    single = len(pattern.schedule.atoms) == 1
+    found = attends_to_all(code, *lengths), attends_to_all(code, *reversed(lengths), True)
+    wanted = bool(dense.any(0).all()), bool(dense.any(1).all())
+    assert found == wanted if single else all(a <= b for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_tensors_say_is_not_known_to_attend_to_all() -> None:
+    starts = torch.zeros(2, dtype=torch.int32)
+    for pattern in (Padding(starts, starts + 9), MASKED, Causal(starts), Chunked(4)):
+        assert not attends_to_all(pattern.schedule.encode(), 4, 4)
+
+
+@pytest.mark.parametrize("programs", [1, 8, 32, 100, 131, 200, 400])
+@pytest.mark.parametrize("keys", [1, 100, 511, 513, 4096, 16384, 100_001])
+@pytest.mark.parametrize("few_rows", [True, False])
+def test_runs_of_keys_cover_them(programs, keys, few_rows) -> None:
+    count, length = key_runs(programs, 132, keys, 1, few_rows)
+    assert (count, length) == (1, 0) or (count - 1) * length < keys <= count * length
+
+
+def test_architectures() -> None:
+    known = {(8, 0): 80, (8, 6): 86, (8, 9): 86, (9, 0): 90, (10, 0): 90, (12, 0): 86}
+    assert {capability: architecture(capability) for capability in known} == known

@@ -6,7 +6,7 @@ import pytest
 import torch
 from inputs import MEMORY, all_features, attention_inputs, pattern_examples
 
-from heedful import Causal, Dilated, Full, Longformer, Padding, SlidingWindow
+from heedful import Causal, Dilated, Full, Longformer, Padding, SlidingWindow, attention
 
 EXAMPLES = range(len(pattern_examples(2, 2, 5, 7)))
 
@@ -73,6 +73,16 @@ def test_keys_that_nobody_attends_to_may_hold_anything(verify) -> None:
     assert torch.equal(found.out, again.out)
 
 
+def test_keys_beyond_what_any_query_sees_may_hold_anything(verify) -> None:
+    """Whole tiles are loaded only where every key of theirs is some query's."""
+    q, k, v = attention_inputs(heads=2, q_length=40, k_length=100, head_dim=64, dtype=torch.float16)
+    found = verify(q, k, v, pattern=Causal(0))
+    k[:, :, 40:] = torch.nan
+    v[:, :, 40:] = torch.nan
+    again = verify.func.__globals__["run"](q, k, v, pattern=Causal(0), **verify.keywords)
+    assert torch.equal(found.out, again.out)
+
+
 def test_an_attended_nan_spreads(verify) -> None:
     q, k, v = attention_inputs(q_length=20, k_length=20)
     k[0, 1, 4, 3] = torch.nan
@@ -92,3 +102,37 @@ def test_few_queries_over_split_keys(verify, pattern, k_length) -> None:
 def test_strided_sub_problems(verify) -> None:
     for offset in (None, 0, -3, torch.tensor([2, 5], dtype=torch.int32)):
         verify(*attention_inputs(heads=1, q_length=70, k_length=83), pattern=Dilated(7, 4, offset=offset))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_split_calls_wait_for_what_is_before_them(captured) -> None:
+    """Their kernels are launched while earlier ones run; what these write has to be there all the same."""
+    q, k, v = (t.cuda() for t in attention_inputs(
+        batch=1, heads=8, kv_heads=2, q_length=1, k_length=4096, head_dim=128, dtype=torch.float16
+    ))  # fmt: skip
+    fresh = torch.randn(20, *k.shape, device="cuda", dtype=torch.float16)
+    given = torch.empty_like(k)
+
+    def step() -> torch.Tensor:
+        return attention(q, k.copy_(given), v, causal=True, backend="triton") + 1
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph, stream=stream):
+                out = step()
+        found = []
+        for keys in fresh:
+            given.copy_(keys)
+            if captured:
+                graph.replay()
+                found.append(out.clone())
+            else:
+                found.append(step())
+    stream.synchronize()
+    for keys, row in zip(fresh, found, strict=True):
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, keys, v, enable_gqa=True)
+        torch.testing.assert_close(row - 1, wanted, atol=2e-3, rtol=1e-2)

@@ -10,9 +10,9 @@ it, which one program takes in order.
 import triton
 import triton.language as tl
 
-from heedful.backend.triton.forward import load_rows
-from heedful.backend.triton.schedule import FAR, hulls, row_intervals, shown, shown_strides, tile_mask
-from heedful.backend.triton.scores import LOG2E, dropout_keep, with_features
+from heedful.backend.triton.loads import head_of, load_rows
+from heedful.backend.triton.schedule import FAR, hulls, row_intervals, shown_strides, tile_mask
+from heedful.backend.triton.scores import LOG2E, dropout_keep, row_features, with_features
 
 
 @triton.jit
@@ -40,11 +40,10 @@ def _tile(
     low, high = hulls(CODE, lows, highs)
     if (low < column + BLOCK_N) & (high > column):
         keep = tile_mask(CODE, lows, highs, x, y, y, batch, head + x * 0, operands, numbers, q_length, k_length, False)
-        item = batch.to(tl.int64)
-        key_head = (head // group).to(tl.int64)
-        query_base = query + item * query_strides[0] + head.to(tl.int64) * query_strides[1]
+        key_head = head // group
+        query_base = head_of(query, batch, head, query_strides, 1)
         query_rows = x.to(tl.int64) * query_strides[2]
-        key_base = key + item * key_strides[0] + key_head * key_strides[1]
+        key_base = head_of(key, batch, key_head, key_strides, 1)
         key_rows = y.to(tl.int64) * key_strides[2]
         within = y < k_length
         columns = tl.arange(0, D0)
@@ -56,29 +55,18 @@ def _tile(
             queries = load_rows(query_base, query_rows, there, columns, head_dim, True, True, WIDE)
             keys = load_rows(key_base, key_rows, within, columns, head_dim, True, True, WIDE)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        bias_rows, bias_stride, slope, place = row_features(
+            x, batch, head, there, k_length - q_length, slopes, query_offset, bias_strides, slope_strides,
+            offset_strides, HAS_BIAS, HAS_ALIBI, HAS_OFFSET,
+        )  # fmt: skip
         biases = keep
         if HAS_BIAS:
-            biases = (
-                bias
-                + item * shown(bias_strides[0])
-                + head.to(tl.int64) * shown(bias_strides[1])
-                + (x.to(tl.int64) * shown(bias_strides[2]))[:, None]
-                + (y.to(tl.int64) * shown(bias_strides[3]))[None, :]
-            )
-        slope = x.to(tl.float32)
-        place = x + (k_length - q_length)
-        if HAS_ALIBI:
-            slope_strides = shown_strides(slope_strides)
-            at = batch * slope_strides[0] + head * slope_strides[1] + x * slope_strides[2]
-            slope = tl.load(slopes + at, mask=there, other=0.0).to(tl.float32)
-            if HAS_OFFSET:
-                at = batch * shown(offset_strides[0]) + x * shown(offset_strides[1])
-                place = x + tl.load(query_offset + at, mask=there, other=0)
+            biases = bias + bias_rows[:, None] + (y.to(tl.int64) * bias_stride)[None, :]
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
         scores, _bend, keep = with_features(
             scores * scale, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
         )
-        statistics = (item * heads + head) * q_length + x
+        statistics = (batch.to(tl.int64) * heads + head) * q_length + x
         lse_rows = tl.load(lse + statistics, mask=there, other=float("inf"))
         lse_rows = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows)
         weights = tl.where(keep, tl.exp2((scores - lse_rows[:, None]) * LOG2E), 0.0)
@@ -87,9 +75,9 @@ def _tile(
             drawn = tl.load(seed)
             kept = dropout_keep(drawn, threshold, x, head + x * 0, batch, column, y, BLOCK_M, BLOCK_N, True)
         if GRADIENT:
-            grad_base = grad + item * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
+            grad_base = head_of(grad, batch, head, grad_strides, 1)
             grad_rows = x.to(tl.int64) * grad_strides[2]
-            value_base = value + item * value_strides[0] + key_head * value_strides[1]
+            value_base = head_of(value, batch, key_head, value_strides, 1)
             value_rows = y.to(tl.int64) * value_strides[2]
             columns = tl.arange(0, V0)
             grads = load_rows(grad_base, grad_rows, there, columns, value_dim, True, True, WIDE)

@@ -1,77 +1,50 @@
 """The forward kernel: one tile of queries against the keys that its schedule lets it see.
 
 A program has BLOCK_M rows, each a query of one head (with PACK heads to a key head, all of them are rows of one tile).
-It first expands the schedule to the interval of keys that each row sees (schedule.py). Where those are all there is, it
-walks the masked tiles at both ends and then, in a second loop without masks, the full tiles between them. Unions and
-maps of blocks are looked at 1024 tiles at a time: flags of all of them as vectors, folded into words of 32 bits, whose
-set bits are then visited, masked tiles first. Either way no tile without a pair is loaded, and nothing is looked up
-that was computed outside.
+It first expands the schedule to the interval of keys that each row sees (schedule.py) and then walks the tiles in it
+(walk.py). No tile without a pair is loaded, and nothing is looked up that was computed outside.
 
 With SPLIT the second axis of the grid is runs of keys at fixed places, whose results combine.py merges.
 """
 
 # Triton compiles these functions from their source, and takes no annotations of ours.
 # mypy: ignore-errors
-# ruff: noqa: SIM108
+# ruff: noqa: SIM102, SIM108
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from heedful.backend.triton.schedule import (
-    FAR,
+from heedful.backend.triton.loads import head_of, load_rows, load_tile, paged_rows, store_rows
+from heedful.backend.triton.schedule import FAR, residue_class, row_intervals, seen, shown_strides, tile_mask
+from heedful.backend.triton.scores import LN2, LOG2E, dropout_keep, rounded, row_features, with_features
+from heedful.backend.triton.walk import (
+    EITHER,
+    PARTIAL,
+    WHOLE,
     both_ends,
-    extent,
-    hulls,
+    first_kind,
+    last_kind,
     next_tile,
-    residue_class,
-    row_intervals,
-    seen,
-    shown,
-    shown_strides,
-    tile_flags,
-    tile_mask,
-    tile_words,
+    span_flags,
+    start_walk,
+    tiles_of_kind,
 )
-from heedful.backend.triton.scores import LN2, LOG2E, dropout_keep, with_features
-
-
-@triton.jit
-def load_rows(
-    base, offsets, there, columns, width, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, WIDE: tl.constexpr
-):
-    """Rows at these offsets, some columns of them; zeros where there is nothing. WIDE: as float32."""
-    place = base + offsets[:, None] + columns[None, :]
-    if MASK_ROWS:
-        if MASK_COLUMNS:
-            rows = tl.load(place, mask=there[:, None] & (columns < width)[None, :], other=0.0)
-        else:
-            rows = tl.load(place, mask=there[:, None], other=0.0)
-    elif MASK_COLUMNS:
-        rows = tl.load(place, mask=(columns < width)[None, :], other=0.0)
-    else:
-        rows = tl.load(place)
-    if WIDE:
-        rows = rows.to(tl.float32)
-    return rows
-
-
-@triton.jit
-def paged_rows(pages, y, there, stride, PAGE: tl.constexpr):
-    """Offsets of keys in a pool of pages, `stride` being (block, row)."""
-    block = tl.load(pages + y // PAGE, mask=there, other=0)
-    return block.to(tl.int64) * stride[0] + (y % PAGE).to(tl.int64) * stride[1]
 
 
 @triton.jit
 def attend_tile(
-    tile, state, query, rows, lows, highs, span, tensors, scalars,
-    CODE: tl.constexpr, CLASSES: tl.constexpr, GAPLESS: tl.constexpr, MASKED: tl.constexpr,
+    tile, partial, state, query, rows, lows, highs, hull, tensors, scalars,
+    CODE: tl.constexpr, CLASSES: tl.constexpr, GAPLESS: tl.constexpr, KIND: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The running output, sums and maxima of a tile's rows, with the keys from n = `tile` on."""
+    """The running output, sums and maxima of a tile's rows, with the keys from n = `tile` on.
+
+    partial: whether some of its pairs do not count, where KIND is EITHER.
+    """
     out0, out1, total, peak = state
     query0, query1 = query
     x, head, bias_rows, slope, place = rows
@@ -85,14 +58,13 @@ def attend_tile(
     if CLASSES > 1:
         y = key_class + CLASSES * n
     keep = n < 0
-    there = n < 0
-    if MASKED:
+    if KIND == PARTIAL:
         keep = tile_mask(CODE, lows, highs, x, y, n, batch, head, operands, numbers, q_length, k_length, False)
-        there = seen(CODE, keep, lows, highs, span, n, GAPLESS)
+    there = n >= 0
+    if KIND != WHOLE:
+        there = seen(CODE, keep, lows, highs, hull, n, GAPLESS)
     first = key_class + CLASSES * tile
     if PAGE:
-        if not MASKED:
-            there = n >= 0
         key_base = key
         value_base = value
         key_rows = paged_rows(pages, y, there, (page_stride[0], key_stride), PAGE)
@@ -103,17 +75,14 @@ def attend_tile(
         key_rows = tl.arange(0, BLOCK_N) * (CLASSES * key_stride)
         value_rows = tl.arange(0, BLOCK_N) * (CLASSES * value_stride)
 
-    columns0 = tl.arange(0, D0)
-    if DESCRIPTORS:
-        keys = tl.reshape(key_tiles.load([batch, key_head, tile, 0]), [BLOCK_N, D0])
-        if WIDE:
-            keys = keys.to(tl.float32)
-    else:
-        keys = load_rows(key_base, key_rows, there, columns0, head_dim, MASKED, MASK_D and D1 == 0, WIDE)
+    keys = load_tile(
+        key_tiles, batch, key_head, tile, key_base, key_rows, there, BLOCK_N, D0, head_dim, KIND != WHOLE,
+        MASK_D and D1 == 0, WIDE, DESCRIPTORS,
+    )  # fmt: skip
     products = tl.dot(query0, tl.trans(keys), input_precision=PRECISION)
     if D1 > 0:
         columns1 = D0 + tl.arange(0, D1)
-        keys = load_rows(key_base, key_rows, there, columns1, head_dim, MASKED, MASK_D, WIDE)
+        keys = load_rows(key_base, key_rows, there, columns1, head_dim, KIND != WHOLE, MASK_D, WIDE)
         products = tl.dot(query1, tl.trans(keys), products, input_precision=PRECISION)
 
     if HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI:
@@ -131,17 +100,19 @@ def attend_tile(
         scores = products
     else:
         scores = products * scale
-    if MASKED:
+    if KIND == PARTIAL:
         scores = tl.where(keep, scores, float("-inf"))
+    elif KIND == EITHER:
+        if partial:
+            mask = tile_mask(CODE, lows, highs, x, y, n, batch, head, operands, numbers, q_length, k_length, False)
+            scores = tl.where(mask, scores, float("-inf"))
     highest = tl.max(scores, 1)
     if FOLD_SCALE:
         # One multiply-add for each score on its way to the exponential.
         peak_now = tl.maximum(peak, highest * scale)
     else:
         peak_now = tl.maximum(peak, highest)
-    shift = peak_now
-    if MASKED:
-        shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
+    shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
     if FOLD_SCALE:
         weights = tl.exp2(scores * scale - shift[:, None])
     else:
@@ -152,23 +123,17 @@ def attend_tile(
         kept = dropout_keep(seed, threshold, x, head, batch, first, y, BLOCK_M, BLOCK_N, CLASSES == 1)
         weights = tl.where(kept, weights, 0.0)
     out0 = out0 * shrink[:, None]
-    columns0 = tl.arange(0, V0)
-    if DESCRIPTORS and not MASKED:
-        values = tl.reshape(value_tiles.load([batch, key_head, tile, 0]), [BLOCK_N, V0])
-        if WIDE:
-            values = values.to(tl.float32)
-    else:
-        # Keys that nobody attends to may hold anything, NaN too.
-        values = load_rows(value_base, value_rows, there, columns0, value_dim, MASKED, MASK_V and V1 == 0, WIDE)
-    if WIDE:
-        weights = weights.to(value.dtype.element_ty).to(tl.float32)
-    else:
-        weights = weights.to(values.dtype)
+    # Keys that nobody attends to may hold anything, NaN too.
+    values = load_tile(
+        value_tiles, batch, key_head, tile, value_base, value_rows, there, BLOCK_N, V0, value_dim, KIND != WHOLE,
+        MASK_V and V1 == 0, WIDE, DESCRIPTORS,
+    )  # fmt: skip
+    weights = rounded(weights, values, WIDE)
     out0 = tl.dot(weights, values, out0, input_precision=PRECISION)
     if V1 > 0:
         out1 = out1 * shrink[:, None]
         columns1 = V0 + tl.arange(0, V1)
-        values = load_rows(value_base, value_rows, there, columns1, value_dim, MASKED, MASK_V, WIDE)
+        values = load_rows(value_base, value_rows, there, columns1, value_dim, KIND != WHOLE, MASK_V, WIDE)
         out1 = tl.dot(weights, values, out1, input_precision=PRECISION)
     return out0, out1, total, peak_now
 
@@ -182,7 +147,8 @@ def attend_tile(
     do_not_specialize_on_alignment=["operands", "slopes", "sinks", "seed", "pages", "query_offset"],
 )  # fmt: skip
 def attention_forward(
-    query, key, value, out, lse, key_tiles, value_tiles, bias, slopes, sinks, seed, pages, query_offset, operands,
+    query, key, value, out, lse, query_tiles, key_tiles, value_tiles, out_tiles, bias, slopes, sinks, seed, pages,
+    query_offset, operands,
     query_strides, key_strides, value_strides, out_strides, bias_strides, slope_strides, offset_strides, pages_stride,
     numbers, grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk, scale, softcap, threshold,
     growth,
@@ -192,12 +158,13 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, FOLD_SCALE: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr,
+    DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides of query, key, value and out are in UNIT elements, so that their divisibility is known.
 
     scale is times log2(e) where FOLD_SCALE (scale > 0 and no features) or there are no features. growth is
-    1 / (1 - dropout_p). With SPLIT, out is float32 and lse to base 2.
+    1 / (1 - dropout_p). With SPLIT, out is float32 and lse to base 2. DEPENDENT: launched while kernels before it run.
     """
     query_strides = shown_strides(query_strides)
     key_strides = shown_strides(key_strides)
@@ -205,6 +172,9 @@ def attention_forward(
     out_strides = shown_strides(out_strides)
     index = tl.program_id(0)
     split = tl.program_id(1)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     if INTERVALS:
         tile = index % (row_tiles * CLASSES)
         item = index // (row_tiles * CLASSES)
@@ -249,49 +219,36 @@ def attention_forward(
         CODE, x, operands, numbers, batch, q_length, k_length, key_class, first, last, False, CLASSES
     )
 
-    query_rows = (
-        batch.to(tl.int64) * (query_strides[0] * UNIT)
-        + head.to(tl.int64) * (query_strides[1] * UNIT)
-        + x.to(tl.int64) * (query_strides[2] * UNIT)
-    )
-    query0 = load_rows(query, query_rows, there, tl.arange(0, D0), head_dim, True, MASK_D and D1 == 0, WIDE)
+    if PAGE:
+        pages += batch * pages_stride
+        key_base = key + key_head.to(tl.int64) * (key_strides[1] * UNIT)
+        value_base = value + key_head.to(tl.int64) * (value_strides[1] * UNIT)
+    else:
+        key_base = head_of(key, batch, key_head, key_strides, UNIT)
+        value_base = head_of(value, batch, key_head, value_strides, UNIT)
+    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
+    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
+    hull, tiles, first_span, stop_span = start_walk(
+        CODE, lows, highs, x, x_first, x_last, operands, numbers, batch, q_length, k_length, key_class, first, last,
+        False, CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL, BLOCK_N if HAS_DROPOUT else 1, BLOCK_N,
+    )  # fmt: skip
+    query_rows = head_of(0, batch, head, query_strides, UNIT) + x.to(tl.int64) * (query_strides[2] * UNIT)
+    query0 = load_tile(
+        query_tiles, batch, grid_head, x_first, query, query_rows, there, BLOCK_M, D0, head_dim, True,
+        MASK_D and D1 == 0, WIDE, ROW_DESCRIPTORS,
+    )  # fmt: skip
     query1 = query0
     if D1 > 0:
         query1 = load_rows(query, query_rows, there, D0 + tl.arange(0, D1), head_dim, True, MASK_D, WIDE)
 
-    bias_rows = x.to(tl.int64)
-    slope = x.to(tl.float32)
-    place = x
-    bias_stride = 0
-    if HAS_BIAS:
-        bias_stride = shown(bias_strides[3])
-        bias_strides = shown_strides(bias_strides)
-        bias_rows = (
-            batch.to(tl.int64) * bias_strides[0]
-            + head.to(tl.int64) * bias_strides[1]
-            + x.to(tl.int64) * bias_strides[2]
-        )
-    if HAS_ALIBI:
-        slope_strides = shown_strides(slope_strides)
-        slope = tl.load(
-            slopes + batch * slope_strides[0] + head * slope_strides[1] + x * slope_strides[2], mask=there, other=0.0
-        ).to(tl.float32)
-        place = x + end
-        if HAS_OFFSET:
-            place = x + tl.load(
-                query_offset + batch * shown(offset_strides[0]) + x * shown(offset_strides[1]), mask=there, other=0
-            )
+    bias_rows, bias_stride, slope, place = row_features(
+        x, batch, head, there, end, slopes, query_offset, bias_strides, slope_strides, offset_strides, HAS_BIAS,
+        HAS_ALIBI, HAS_OFFSET,
+    )  # fmt: skip
     drawn = 0
     if HAS_DROPOUT:
         drawn = tl.load(seed)
 
-    key_base = key + key_head.to(tl.int64) * (key_strides[1] * UNIT)
-    value_base = value + key_head.to(tl.int64) * (value_strides[1] * UNIT)
-    if PAGE:
-        pages += batch * pages_stride
-    else:
-        key_base += batch.to(tl.int64) * (key_strides[0] * UNIT)
-        value_base += batch.to(tl.int64) * (value_strides[0] * UNIT)
     tensors = (
         key_base, value_base, key_strides[2] * UNIT, value_strides[2] * UNIT, key_tiles, value_tiles, pages,
         (key_strides[0] * UNIT, value_strides[0] * UNIT), bias, bias_stride, drawn, operands, numbers,
@@ -305,70 +262,19 @@ def attention_forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    if INTERVALS:
-        low, high, core_low, core_high = extent(
-            CODE, lows[0], highs[0], x, x_first, x_last, operands, numbers, batch, q_length, k_length, key_class,
-            first, last, False, CLASSES, MONOTONE,
+    for span in tl.range(first_span, stop_span, num_stages=1):
+        some, all = span_flags(
+            CODE, span, lows, highs, x, x_first, x_last, batch, grid_head, operands, numbers, q_length, k_length,
+            BLOCK_M, BLOCK_N, False, INTERVALS,
         )  # fmt: skip
-        begin = low
-        if HAS_DROPOUT:
-            begin = low // BLOCK_N * BLOCK_N
-        tiles = (high - begin + BLOCK_N - 1) // BLOCK_N
-        left = tiles
-        full = 0
-        if SOLID and not HAS_BIAS:
-            left = tl.minimum((tl.maximum(core_low - begin, 0) + BLOCK_N - 1) // BLOCK_N, tiles)
-            full = tl.maximum(tl.minimum((core_high - begin) // BLOCK_N, tiles) - left, 0)
-        for step in tl.range(0, tiles - full, num_stages=STAGES):
-            at = begin + tl.where(step < left, step, step + full) * BLOCK_N
-            out0, out1, total, peak = attend_tile(
-                at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE,
-                CLASSES, GAPLESS,
-                True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
-                HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
-            )  # fmt: skip
-        if SOLID and not HAS_BIAS:
-            for step in tl.range(left, left + full, num_stages=STAGES):
-                at = begin + step * BLOCK_N
+        for KIND in tl.static_range(FIRST, LAST + 1):
+            count, words, cursor = tiles_of_kind(tiles, some, all, KIND, LAST, INTERVALS)
+            for step in tl.range(0, count, num_stages=STAGES):
+                at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_N)
                 out0, out1, total, peak = attend_tile(
-                    at, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high), tensors, scalars, CODE,
-                    CLASSES,
-                    GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP, HAS_BIAS,
-                    HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
-                )  # fmt: skip
-    else:
-        low, high = hulls(CODE, lows, highs)
-        x_last = tl.minimum(x_last, q_length - 1)
-        SPAN: tl.constexpr = 1024 * BLOCK_N
-        for span in tl.range(low // SPAN, (high + SPAN - 1) // SPAN, num_stages=1):
-            start = span * SPAN + tl.arange(0, 1024) * BLOCK_N
-            some, all = tile_flags(
-                CODE, lows, highs, x, x_first, x_last, start, batch, grid_head, operands, numbers, q_length, k_length,
-                BLOCK_M, BLOCK_N, False,
-            )  # fmt: skip
-            if HAS_BIAS:
-                all = all & (start < 0)
-            words, count, pending = tile_words(some & (all == 0))
-            which = 0
-            rest = 0
-            for _ in tl.range(0, count, num_stages=STAGES):
-                at, pending, which, rest = next_tile(words, pending, which, rest)
-                out0, out1, total, peak = attend_tile(
-                    (span * 1024 + at) * BLOCK_N, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high),
-                    tensors, scalars, CODE, CLASSES, GAPLESS, True, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
-                    PAGE,
-                    HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
-                )  # fmt: skip
-            words, count, pending = tile_words(some & all)
-            which = 0
-            rest = 0
-            for _ in tl.range(0, count, num_stages=STAGES):
-                at, pending, which, rest = next_tile(words, pending, which, rest)
-                out0, out1, total, peak = attend_tile(
-                    (span * 1024 + at) * BLOCK_N, (out0, out1, total, peak), query_tile, rows, lows, highs, (low, high),
-                    tensors, scalars, CODE, CLASSES, GAPLESS, False, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
-                    PAGE,
-                    HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
+                    at, partial, (out0, out1, total, peak), query_tile, rows, lows, highs, hull, tensors, scalars,
+                    CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP,
+                    HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
                 )  # fmt: skip
 
     if HAS_SINKS:
@@ -387,22 +293,16 @@ def attention_forward(
     if not SPLIT:
         lse_rows *= LN2
     lse_at = (batch.to(tl.int64) * (grid_heads * PACK) + head) * q_length + x
-    out_rows = (
-        batch.to(tl.int64) * (out_strides[0] * UNIT)
-        + head.to(tl.int64) * (out_strides[1] * UNIT)
-        + x.to(tl.int64) * (out_strides[2] * UNIT)
-    )
+    out_rows = head_of(0, batch, head, out_strides, UNIT) + x.to(tl.int64) * (out_strides[2] * UNIT)
     if SPLIT:
         split_items = split.to(tl.int64) * (tl.num_programs(0) // (row_tiles * CLASSES)) * PACK
         lse_at += split_items * q_length
         out_rows += split_items * q_length * value_dim
     tl.store(lse + lse_at, lse_rows, mask=there)
-    columns = tl.arange(0, V0)
-    result = (out0 * share[:, None]).to(out.dtype.element_ty)
-    tl.store(out + out_rows[:, None] + columns[None, :], result, mask=there[:, None] & (columns < value_dim)[None, :])
+    if ROW_DESCRIPTORS:
+        result = (out0 * share[:, None]).to(out.dtype.element_ty)
+        out_tiles.store([batch, grid_head, x_first, 0], tl.reshape(result, [1, 1, BLOCK_M, V0]))
+    else:
+        store_rows(out, out_rows, there, 0, V0, value_dim, out0 * share[:, None])
     if V1 > 0:
-        columns = V0 + tl.arange(0, V1)
-        result = (out1 * share[:, None]).to(out.dtype.element_ty)
-        tl.store(
-            out + out_rows[:, None] + columns[None, :], result, mask=there[:, None] & (columns < value_dim)[None, :]
-        )
+        store_rows(out, out_rows, there, V0, V1, value_dim, out1 * share[:, None])

@@ -14,6 +14,7 @@ from heedful.backend.triton.launch import (
     LOG2E,
     broadcast_strides,
     cdiv,
+    dependent_launches,
     device_limits,
     dtypes_of,
     hidden,
@@ -23,7 +24,7 @@ from heedful.backend.triton.launch import (
     operand_numbers,
     threshold,
 )
-from heedful.backend.triton.plan import Plan, plan
+from heedful.backend.triton.plan import Plan, attends_to_all, plan
 from heedful.backend.triton.tuning import Tiles, backward_tiles, split_dim
 from heedful.patterns.schedule import Schedule
 
@@ -36,6 +37,7 @@ class Backward(NamedTuple):
     key_tiles: Tiles
     query_constants: tuple[Any, ...]
     key_constants: tuple[Any, ...]
+    widths: tuple[int, int]
     compiled: dict[Hashable, Any]
 
 
@@ -50,6 +52,7 @@ def _backward(
     want_slopes: bool,
     unit: int,
     tf32: bool,
+    plain: tuple[bool, bool, bool],
 ) -> Backward:
     made = plan(code)
     softcap, bias, alibi, dropout, _, _ = has
@@ -61,6 +64,9 @@ def _backward(
         over_queries = over_queries._replace(columns=64)
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
+    whole = not (bias or d1 or v1) and made.step == 1 and unit == 8
+    over_queries = over_queries._replace(descriptors=over_queries.descriptors and plain[0] and whole)
+    over_keys = over_keys._replace(descriptors=over_keys.descriptors and plain[1] and whole)
     common = (
         made.gapless and not bias, d0, d1, v0, v1,
         d0 + d1 != head_dim, v0 + v1 != value_dim,
@@ -79,9 +85,24 @@ def _backward(
             *has,
             want_slopes,
             *last,
+            over_queries.descriptors,
+            dependent_launches(arch),
             over_queries.stages,
         ),
-        (*made[:4], made.monotone[1], *common, over_keys.rows, over_keys.columns, *has, *last, over_keys.stages),
+        (
+            *made[:4],
+            made.monotone[1],
+            *common,
+            over_keys.rows,
+            over_keys.columns,
+            *has,
+            *last,
+            over_keys.descriptors,
+            plain[2],
+            dependent_launches(arch),
+            over_keys.stages,
+        ),
+        (d0, v0),
         {},
     )
 
@@ -127,7 +148,7 @@ def backward(
     tensors = query, key, value, grad_out, grad_query, grad_key, grad_value
     strides = [tensor.stride() for tensor in tensors]
     bits = 0
-    for tensor_strides in strides:
+    for tensor_strides in (*strides, out.stride()):
         bits |= tensor_strides[0] | tensor_strides[1] | tensor_strides[2]
     unit = 1 if bits & 7 else 8
     pointers = 0 if bias is None else bias.data_ptr()
@@ -135,23 +156,30 @@ def backward(
         pointers |= tensor.data_ptr()
     usual = usual and not pointers & 15 and bits < INT32 // 2
     tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, tf32)
+    able = usual and query.element_size() == 2 and not any(0 in tensor_strides for tensor_strides in strides)
+    statistics = usual and arch >= 90 and q_length % 4 == 0 and plan(code).step == 1 and lse.numel() < INT32
+    plain = (
+        able and attends_to_all(code, q_length, k_length),
+        able and attends_to_all(code, k_length, q_length, True),
+        statistics,
+    )
+    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, tf32, plain)
     if grad_weights is not None:
         grad_weights = grad_weights.contiguous()
         usual = False
     compiled = made.compiled if usual else None
     kind = dtypes_of(bias, alibi_slopes)
 
-    rows = batch * heads * q_length
     block_v = max(16, 1 << (value_dim - 1).bit_length())
     block_r = max(1, 2048 // block_v)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
+    tiles = cdiv(q_length, block_r)
     kernels().launch(
-        kernels().row_delta, (-(-rows // block_r), 1),
-        (out, grad_out, grad_lse, delta, hidden(out.stride()[:3]), hidden(strides[3][:3]), rows, heads, q_length,
-        value_dim),
-        (block_r, block_v, grad_lse is not None), 4, 1, index, compiled, ("delta", grad_lse is not None),
+        kernels().row_delta, (tiles * batch * heads, 1),
+        (out, grad_out, grad_lse, delta, in_units(out.stride(), unit), in_units(strides[3], unit), tiles, heads,
+        q_length, value_dim),
+        (block_r, block_v, grad_lse is not None, unit), 4, 1, index, compiled, ("delta", grad_lse is not None),
     )  # fmt: skip
     scales = scale if featured else scale * LOG2E, scale
     features = softcap, threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
@@ -164,7 +192,8 @@ def backward(
     kernels().launch(
         kernels().query_gradient, (tiles * step * batch * heads, 1),
         (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras, *units[:5],
+            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras,
+            *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths), *units[:5],
             *extra_strides,
             numbers, *sizes, tiles, *scales, *features,
         ),
@@ -174,11 +203,14 @@ def backward(
     kernels().launch(
         kernels().key_value_gradients, (tiles * step * batch * kv_heads, 1),
         (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras, *units[:4],
+            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras,
+            *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths),
+            *_flat_descriptors(made.key_tiles.rows if statistics else 0, lse, delta), *units[:4],
             *units[5:],
             *extra_strides, numbers, *sizes, tiles, *scales, *features,
         ),
         made.key_constants, made.key_tiles.warps, made.key_tiles.stages, index, compiled, ("key", kind),
+        dependent_launches(arch),
     )  # fmt: skip
     grad_bias = lse.new_empty(0)
     if bias_gradient and bias is not None:
@@ -293,6 +325,24 @@ def _dense(
         ),
         8, 1, query.get_device(), None, None,
     )  # fmt: skip
+
+
+def _descriptors(tiles: Tiles, rows: int, first: Tensor, second: Tensor, widths: tuple[int, int]) -> tuple[Any, Any]:
+    """Of what a kernel's loop goes over, `rows` at a time; None where it takes pointers."""
+    if not tiles.descriptors:
+        return None, None
+    make = kernels().TensorDescriptor
+    return (
+        make(first, first.shape, first.stride(), [1, 1, rows, widths[0]]),
+        make(second, second.shape, second.stride(), [1, 1, rows, widths[1]]),
+    )
+
+
+def _flat_descriptors(rows: int, *tensors: Tensor) -> list[Any]:
+    """Of numbers that each query has one of, `rows` at a time; None where that is 0."""
+    if not rows:
+        return [None] * len(tensors)
+    return [kernels().TensorDescriptor(tensor, [tensor.numel()], [1], [rows]) for tensor in tensors]
 
 
 def _gradient(of: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from heedful.backend.triton.backward import key_value_gradients, query_gradient, row_delta
 from heedful.backend.triton.combine import combine_splits
+from heedful.backend.triton.delta import row_delta
 from heedful.backend.triton.dense import dense_tiles
 from heedful.backend.triton.forward import attention_forward
+from heedful.backend.triton.key_gradient import key_value_gradients
+from heedful.backend.triton.query_gradient import query_gradient
 
 __all__ = [
     "INTERPRETED",
@@ -43,18 +45,20 @@ def launch(
     device: int,
     compiled: dict[Hashable, Any] | None,
     kind: Hashable,
+    dependent: bool = False,
 ) -> None:
     """Runs a kernel on a device's current stream.
 
     compiled: kernels like this one by device and `kind`, which has to tell apart what triton would compile anew for:
     triton's own look at every argument takes several times as long as a launch. None leaves it to triton.
+    dependent: the kernel may begin before the ones in front of it have ended, and waits for them itself.
     """
     if INTERPRETED:
         function[grid](*arguments, *constants)
         return
     if _current_device() != device:
         with torch.cuda.device(device):
-            launch(function, grid, arguments, constants, warps, stages, device, compiled, kind)
+            launch(function, grid, arguments, constants, warps, stages, device, compiled, kind, dependent)
         return
     found = None if compiled is None else compiled.get((device, kind))
     if found is not None:
@@ -63,6 +67,6 @@ def launch(
             *arguments, *constants,
         )  # fmt: skip
         return
-    found = function[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
+    found = function[grid](*arguments, *constants, num_warps=warps, num_stages=stages, launch_pdl=dependent)
     if compiled is not None:
         compiled[device, kind] = found

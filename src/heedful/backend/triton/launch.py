@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.backend.triton.plan import Plan, plan
-from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, split_dim
+from heedful.backend.triton.plan import Plan, attends_to_all, plan
+from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, key_runs, split_dim, takes_dense_tiles
 
 LOG2E = math.log2(math.e)
 # Multiprocessors that a call under Triton's interpreter is cut for.
 _INTERPRETED = 16
-# Runs of keys are no shorter than this.
-_LEAST_CHUNK = 256
 INT32 = 2**31
 
 
@@ -72,20 +70,31 @@ def _forward(
     heavy = softcap or bias or dropout or alibi or not made.gapless
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
-    able = plain and not (d1 or v1 or page) and made.step == 1 and unit == 8
-    tiles = forward_tiles(arch, dtype, head_dim, value_dim, rows, made.block, heavy, able and made.dense)
+    able = plain and not (bias or d1 or v1 or page) and made.step == 1 and unit == 8
+    tiles = forward_tiles(
+        arch,
+        dtype,
+        head_dim,
+        value_dim,
+        rows,
+        made.block,
+        heavy,
+        able and takes_dense_tiles(made.dense, made.one_sided, max(head_dim, value_dim)),
+    )
     if unit == 1:
         tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 32))
     if dropout and tiles.columns < 64:
         tiles = tiles._replace(columns=64)
     interpreted = kernels().INTERPRETED
+    dependent = split and dependent_launches(arch)
     descriptors = tiles.descriptors and able
     tiles = tiles._replace(descriptors=descriptors)
     constants = (
         made.code, made.step, made.intervals, made.solid, made.monotone[0], made.gapless and not bias, d0, d1, v0, v1,
         d0 + d1 != head_dim, v0 + v1 != value_dim, tiles.rows, tiles.columns, pack, page, split, softcap, bias, alibi,
         sinks and not split, dropout, offset, fold, unit, "tf32" if tf32 else "ieee",
-        interpreted and dtype == torch.bfloat16, descriptors, tiles.stages,
+        interpreted and dtype == torch.bfloat16, descriptors, descriptors and pack == 1 and not split,
+        dependent, tiles.stages,
     )  # fmt: skip
     return Forward(made, tiles, pack, constants, (d0, v0), {})
 
@@ -147,7 +156,8 @@ def forward(
     pointers = query.data_ptr() | key.data_ptr() | value.data_ptr() | (0 if bias is None else bias.data_ptr())
     usual = usual and not pointers & 15 and bits < INT32 // 2
     # Of descriptors: every axis has a stride of its own, in multiples of 16 bytes.
-    plain = usual and query.element_size() == 2 and 0 not in strides[1] and 0 not in strides[2]
+    plain = usual and query.element_size() == 2 and 0 not in strides[0] and 0 not in strides[1] and 0 not in strides[2]
+    plain = plain and attends_to_all(code, q_length, k_length)
     tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
     fold = scale > 0 and not featured
     made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, has, fold, unit, tf32, plain)
@@ -155,7 +165,7 @@ def forward(
     row_tiles = -(-(-(-q_length // step) * pack) // made.tiles.rows)
     grid_heads = heads // pack
     programs = row_tiles * step * batch * grid_heads
-    splits, chunk = _splits(programs, multiprocessors, k_length, step)
+    splits, chunk = key_runs(programs, multiprocessors, k_length, step, rows > 0)
     target, target_lse, target_strides = out, lse, strides[3]
     if splits > 1:
         target = query.new_empty((splits, batch, heads, q_length, value_dim), dtype=torch.float32)
@@ -165,14 +175,18 @@ def forward(
         made = _forward(
             code, arch, query.dtype, head_dim, value_dim, rows, pack, page, True, has, fold, unit, tf32, plain
         )
-    key_tiles = value_tiles = None
+    query_tiles = key_tiles = value_tiles = out_tiles = None
+    if made.tiles.descriptors and pack == 1 and splits == 1:
+        block = made.tiles.rows
+        query_tiles = kernels().TensorDescriptor(query, query.shape, strides[0], [1, 1, block, made.widths[0]])
+        out_tiles = kernels().TensorDescriptor(out, out.shape, strides[3], [1, 1, block, made.widths[1]])
     if made.tiles.descriptors:
         columns = made.tiles.columns
         key_tiles = kernels().TensorDescriptor(key, key.shape, strides[1], [1, 1, columns, made.widths[0]])
         value_tiles = kernels().TensorDescriptor(value, value.shape, strides[2], [1, 1, columns, made.widths[1]])
     arguments = (
-        query, key, value, target, target_lse, key_tiles, value_tiles, bias, alibi_slopes, sinks, seed, pages,
-        query_offset, tuple(operands),
+        query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias, alibi_slopes,
+        sinks, seed, pages, query_offset, tuple(operands),
         in_units(strides[0], unit), in_units(strides[1], unit), in_units(strides[2], unit),
         in_units(target_strides, unit), broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3),
         broadcast_strides(query_offset, 2), 0 if pages is None else pages.stride(0), numbers,
@@ -183,28 +197,25 @@ def forward(
     kernels().launch(
         kernels().attention_forward, (programs, splits), arguments, made.constants, made.tiles.warps,
         made.tiles.stages, index, made.compiled if usual else None, dtypes_of(bias, alibi_slopes, sinks),
+        splits > 1 and dependent_launches(arch),
     )  # fmt: skip
     if splits > 1:
         rows_of_all = batch * heads * q_length
         block = min(128, max(16, 1 << (value_dim - 1).bit_length()))
+        split_block = min(64, 1 << (splits - 1).bit_length())
         kernels().launch(
             kernels().combine_splits, (rows_of_all, -(-value_dim // block)),
             (target, target_lse, out, lse, sinks, hidden(strides[3][:3]), rows_of_all, heads, q_length, value_dim,
             splits),
-            (min(64, 1 << (splits - 1).bit_length()), block, sinks is not None), 4, 1, index, made.compiled,
-            ("combine", min(64, 1 << (splits - 1).bit_length()), dtypes_of(sinks)),
+            (split_block, block, sinks is not None, splits <= split_block, dependent_launches(arch)), 4, 1, index,
+            made.compiled, ("combine", split_block, splits <= split_block, dtypes_of(sinks)), dependent_launches(arch),
         )  # fmt: skip
     return out, lse
 
 
-def _splits(programs: int, multiprocessors: int, k_length: int, step: int) -> tuple[int, int]:
-    """Into how many runs keys are cut, and how long one is (in n, see schedule.py): by sizes alone."""
-    keys = -(-k_length // step)
-    wanted = min(2 * multiprocessors // max(programs, 1), -(-keys // _LEAST_CHUNK))
-    if wanted < 2:
-        return 1, 0
-    chunk = cdiv(cdiv(keys, wanted), 128) * 128
-    return -(-keys // chunk), chunk
+def dependent_launches(arch: int) -> bool:
+    """Whether a kernel may begin while the one before it ends, and wait inside."""
+    return arch >= 90 and not kernels().INTERPRETED
 
 
 def cdiv(a: int, b: int) -> int:

@@ -21,7 +21,9 @@ from heedful.patterns.schedule import (
     CHUNK,
     DIAGONAL,
     DOCUMENTS,
+    END,
     KEY,
+    LOWER,
     MASK,
     NONE,
     QUERY,
@@ -53,12 +55,14 @@ class Plan(NamedTuple):
     monotone: tuple[bool, bool]
     """Both ends of the one atom's intervals never fall from a row to the next; of queries, and transposed."""
     dense: bool
-    """Rows' intervals are bounded on one side at most, as full and causal attention's are."""
+    """Every query attends to every key."""
     gapless: bool
     """Between the first and the last key of consecutive rows of an atom every key is attended to."""
     block: int
     """The smallest block size of a map of blocks; 0 where there is none."""
     documents: bool
+    one_sided: bool
+    """Rows' intervals are bounded on one side at most, as full and causal attention's are."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,11 +86,41 @@ def plan(code: tuple[int, ...], in_classes: bool = True) -> Plan:
         len(atoms) == 1 and BLOCKS not in kinds,
         len(atoms) == 1 and not kinds & {BLOCKS, MASK, STEP},
         (len(atoms) == 1 and _is_monotone(atoms[0], QUERY), len(atoms) == 1 and _is_monotone(atoms[0], KEY)),
-        not terms or (len(terms) == 1 and terms[0].kind == BOUND and terms[0].numbers[0] == DIAGONAL),
+        not terms,
         all(map(_is_gapless, atoms)),
         min([term.numbers[0] for term in terms if term.kind == BLOCKS], default=0),
         DOCUMENTS in kinds,
+        not terms or (len(terms) == 1 and terms[0].kind == BOUND and terms[0].numbers[0] == DIAGONAL),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def attends_to_all(code: tuple[int, ...], x_length: int, y_length: int, transposed: bool = False) -> bool:
+    """Whether every y is known to be attended to by some x: queries and keys, `transposed` keys and queries.
+
+    Then whole tiles may be loaded that reach beyond what their rows see: nothing in them is to be kept from the result.
+    """
+    for atom in Schedule.decode(code).atoms:
+        low, high = -FAR, FAR
+        for term in atom:
+            bound = term.bound
+            if term.kind != BOUND or term.numbers[0] != DIAGONAL or bound is None or bound.frame != NONE:
+                break
+            if bound.symbol not in (NONE, END):
+                break
+            limit = bound.const
+            if bound.symbol == END:
+                limit += bound.sign * (x_length - y_length if transposed else y_length - x_length)
+            if term.numbers[1] == LOWER:
+                low = max(low, limit)
+            else:
+                high = min(high, limit)
+        else:
+            if transposed:
+                low, high = -high, -low
+            if low <= min(high, 0) and y_length - 1 - high <= x_length - 1:
+                return True
+    return False
 
 
 def _common_step(atoms: tuple[Atom, ...]) -> tuple[int, Bound]:

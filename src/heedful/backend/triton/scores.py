@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from heedful.backend.triton.schedule import shown, shown_strides
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -17,6 +19,42 @@ def tanh(x):
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     bounded = tl.minimum(tl.maximum(x, -20.0), 20.0)
     return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * bounded) + 1))
+
+
+@triton.jit
+def row_features(
+    x, batch, head, there, end, slopes, query_offset, bias_strides, slope_strides, offset_strides,
+    HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Of queries x: offsets in the bias and its stride between keys, ALiBi's slopes, and places among the keys."""
+    bias_rows = x.to(tl.int64)
+    slope = x.to(tl.float32)
+    place = x
+    bias_stride = 0
+    if HAS_BIAS:
+        bias_stride = shown(bias_strides[3])
+        strides = shown_strides(bias_strides)
+        bias_rows = (
+            batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+        )  # fmt: skip
+    if HAS_ALIBI:
+        strides = shown_strides(slope_strides)
+        at = batch * strides[0] + head * strides[1] + x * strides[2]
+        slope = tl.load(slopes + at, mask=there, other=0.0).to(tl.float32)
+        place = x + end
+        if HAS_OFFSET:
+            at = batch * shown(offset_strides[0]) + x * shown(offset_strides[1])
+            place = x + tl.load(query_offset + at, mask=there, other=0)
+    return bias_rows, bias_stride, slope, place
+
+
+@triton.jit
+def rounded(numbers, like, WIDE: tl.constexpr):
+    """Numbers in the type of the other side of a product; in the interpreter that of bfloat16 is float32."""
+    if WIDE:
+        return numbers.to(tl.bfloat16).to(tl.float32)
+    else:
+        return numbers.to(like.dtype)
 
 
 @triton.jit
