@@ -58,8 +58,10 @@ sanitize: compiler .venv/requirements.stamp
 # FUZZ="--seed N" runs one input again, FUZZ="--count N" a number of them.
 fuzz: compiler .venv/requirements.stamp
 	@$(call configure,build/asan,-DCMAKE_CXX_COMPILER=$(CXX) $(SANITIZED) -DHEEDFUL_SANITIZE=address$(comma)undefined)
-	$(BIN)/cmake --build build/asan --target attention_fuzz
+	$(BIN)/cmake --build build/asan --target attention_fuzz operations_fuzz
 	build/asan/attention_fuzz $(FUZZ)
+	build/asan/operations_fuzz $(FUZZ)
+	HEEDFUL_ISA=portable build/asan/operations_fuzz $(FUZZ)
 
 # What each tile kernel reaches of the multiply-add rate, by tier.
 bench-tiles: compiler .venv/requirements.stamp

@@ -65,7 +65,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         hidden.grad = weight.grad = None
         loss = function(input=hidden, linear_weight=weight, target=target)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     step()
     hidden.grad = weight.grad = None

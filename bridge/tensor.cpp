@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include <sys/mman.h>
+
 namespace heedful {
 namespace {
 
@@ -29,6 +31,17 @@ heedful_dtype engine_dtype(AtenTensorHandle tensor, const char *name) {
     for (const DtypePair &pair : dtypes)
         if (pair.torch == code) return pair.engine;
     fail(std::string(name) + " must be float32, bfloat16, float16, float64, int32, int64 or bool");
+}
+
+/* From here on malloc maps fresh memory for every block, whose pages are faulted in while they are written: 4 KiB at a
+ * time that takes longer than most operations. What it keeps for itself has its pages, and is left alone. */
+constexpr uintptr_t FRESH_BYTES = uintptr_t(32) << 20, HUGE_PAGE = uintptr_t(2) << 20;
+
+void ask_for_huge_pages(const void *data, uintptr_t bytes) {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE,
+                    end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+    /* A wish: where the kernel refuses, nothing is lost. */
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 } // namespace
@@ -66,7 +79,18 @@ Tensor Tensor::empty(int64_t ndim, const int64_t *sizes, const int64_t *strides,
     AtenTensorHandle handle = nullptr;
     if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype(dtype), cpu, 0, &handle) != 0)
         fail("heedful: torch could not allocate an output");
-    return Tensor(reinterpret_cast<StableIValue>(handle));
+    Tensor result(reinterpret_cast<StableIValue>(handle));
+    uintptr_t bytes = dtype == HEEDFUL_FLOAT64 || dtype == HEEDFUL_INT64   ? 8
+                      : dtype == HEEDFUL_FLOAT32 || dtype == HEEDFUL_INT32 ? 4
+                      : dtype == HEEDFUL_BOOL                              ? 1
+                                                                           : 2;
+    for (int64_t dim = 0; dim < ndim; ++dim) bytes *= static_cast<uintptr_t>(sizes[dim]);
+    if (bytes >= FRESH_BYTES) {
+        const void *data = nullptr;
+        check(torch_get_const_data_ptr(handle, &data), "heedful: an output", "data");
+        ask_for_huge_pages(data, bytes);
+    }
+    return result;
 }
 
 heedful_dtype dtype_on_cpu(const Tensor &tensor, const char *name) {

@@ -62,7 +62,7 @@ void run_whole(const ForwardCall &call, const ForwardKernel &kernel, const heedf
         const int64_t last = std::min(rows, (run + 1) * call.block_rows) - 1;
         if (count > 1) cost[run] = call.schedule->work(0, run * call.block_rows / call.group, last / call.group + 1);
     }
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+    if (runs > 1) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
     const int64_t pairs = call.pairs();
     // Heads run fastest, so that all of them begin with their heaviest.
     share_out(threads, pairs * runs, [&](auto claim) {

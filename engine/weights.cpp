@@ -11,8 +11,6 @@
 namespace heedful {
 namespace {
 
-constexpr int64_t ROWS_AT_ONCE = 240;
-
 void weights(const heedful_weights &arguments, const heedful_threads *threads) {
     WeightsCall call = {};
     read_inputs(arguments.query, arguments.key, nullptr, arguments.scale, arguments.features, nullptr, call);
@@ -47,15 +45,15 @@ void weights(const heedful_weights &arguments, const heedful_threads *threads) {
     const Schedule schedule(arguments.schedule, call.batch, call.heads, call.q_length, call.k_length);
     call.schedule = &schedule;
     const WeightsKernel &kernel = selected_tier().weights[dtype];
-    const int64_t rows = call.rows(), runs = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const int64_t rows = call.rows(), runs = (rows + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
     share_out(threads, call.pairs() * runs, [&](auto claim) {
         const ScratchBlock scratch(kernel.scratch_bytes(call));
         for (int64_t index = claim(); index >= 0; index = claim()) {
-            const int64_t pair = index / runs, first = index % runs * ROWS_AT_ONCE;
+            const int64_t pair = index / runs, first = index % runs * WEIGHT_ROWS;
             const ForwardItem item = {pair / call.kv_heads,
                                       pair % call.kv_heads,
                                       first,
-                                      std::min(ROWS_AT_ONCE, rows - first),
+                                      std::min(WEIGHT_ROWS, rows - first),
                                       0,
                                       call.k_length,
                                       nullptr};

@@ -38,72 +38,96 @@ template <class A> struct Direct {
         return A::words(line);
     }
 
-    // Sums of LANES vectors, vector i in lane i.
-    static INLINE V add_across(V *v) {
-        add_stage<LANES / 2>(v);
-        return v[0];
+    // The sums of neighbours in a and b: of blocks of S lanes within 16 bytes, or of whole 16 bytes, those of a first.
+    template <int S, int... I> static INLINE V fold(V a, V b, Lanes<I...>) {
+        constexpr int QUAD = 16 / int(sizeof(T)), QUADS = LANES / QUAD;
+        if constexpr (S < QUAD)
+            return __builtin_shufflevector(a, b,
+                                           (I / S % 2 * LANES + I / QUAD * QUAD + I % QUAD / S / 2 * S + I % S)...) +
+                   __builtin_shufflevector(
+                       a, b, (I / S % 2 * LANES + I / QUAD * QUAD + I % QUAD / S / 2 * S + I % S + QUAD / 2)...);
+        else
+            return __builtin_shufflevector(
+                       a, b, (I / (LANES / 2) * LANES + I / QUAD % (QUADS / 2) * 2 * QUAD + I % QUAD)...) +
+                   __builtin_shufflevector(
+                       a, b, (I / (LANES / 2) * LANES + I / QUAD % (QUADS / 2) * 2 * QUAD + I % QUAD + QUAD)...);
     }
-    template <int S> static INLINE void add_stage(V *v) {
+
+    // Sums of LANES vectors, vector i in lane i. The shuffles are those that need neither an index nor a copy of what
+    // they read: with any others this was a fifth of a decoding step's instructions.
+    template <int COUNT = LANES, int S = 1> static INLINE V add_across(V *v) {
 #pragma GCC unroll 16
-        for (int i = 0; i < S; ++i) {
-            Words<T>::template exchange<S>(v[i], v[i + S], typename MakeLanes<LANES>::type());
-            v[i] += v[i + S];
+        for (int i = 0; i < COUNT / 2; ++i) v[i] = fold<S>(v[2 * i], v[2 * i + 1], typename MakeLanes<LANES>::type());
+        if constexpr (COUNT > 2) return add_across<COUNT / 2, 2 * S>(v);
+        else return v[0];
+    }
+
+    // Rows to ask for ahead of their use: those at `row`, `offset` numbers on; null for none. A few rows at a time
+    // between products: asked for all at once they overrun the queue of the L2 cache, and a step that read 22 GB/s read
+    // 11. Into the L1 cache: into the L2 alone it read 23 for 29, and with the non-temporal hint the same from memory,
+    // but less from a cache.
+    struct Ahead {
+        const Input *const *row;
+        int64_t offset;
+
+        INLINE Ahead operator+(int64_t rows) const { return {row ? row + rows : nullptr, offset}; }
+        INLINE void ask(int64_t index, int64_t column, int64_t width) const {
+            constexpr int64_t LINE = 64 / int64_t(sizeof(Input));
+            const Input *at = row[index] + offset + column, *end = at + width;
+            for (; at + 4 * LINE <= end; at += 4 * LINE) {
+                __builtin_prefetch(at, 0, 3);
+                __builtin_prefetch(at + LINE, 0, 3);
+                __builtin_prefetch(at + 2 * LINE, 0, 3);
+                __builtin_prefetch(at + 3 * LINE, 0, 3);
+            }
+            for (; at < end; at += LINE) __builtin_prefetch(at, 0, 3);
         }
-        if constexpr (S > 1) add_stage<S / 2>(v);
-    }
+    };
 
-    // Asks for a row ahead of its use. A few rows at a time between products: asked for all at once they overrun the
-    // queue of the L2 cache, and a step that read 22 GB/s read 11. Into the L1 cache: into the L2 alone it read 23 for
-    // 29, and with the non-temporal hint the same from memory, but less from a cache.
-    static INLINE void prefetch(const Input *row, int64_t width) {
-        for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(Input))) __builtin_prefetch(row + d, 0, 3);
-    }
-
-    // Scores of M rows of the query against LANES / M keys.
+    // Scores of M rows of the query against `keys` keys, LANES / M at a time.
     template <int M>
-    static NOINLINE void score_keys(const Word *query, int64_t stride, const Input *const *key, int64_t head_dim,
-                                    T *score) {
+    static NOINLINE void score_keys(const Word *query, int64_t stride, const Input *const *key, Ahead ahead, int keys,
+                                    int64_t head_dim, T *score) {
         constexpr int KEYS = LANES / M;
-        V sum[LANES] = {};
-        int64_t d = 0;
-        for (; d + STEP <= head_dim; d += STEP, query += LANES) {
-            typename W::V line[M];
+        for (int first = 0; first < keys; first += KEYS, key += KEYS, score += KEYS) {
+            if (ahead.row)
+                for (int k = first; k < first + KEYS; ++k) ahead.ask(k, 0, head_dim);
+            V sum[LANES] = {};
+            const Word *words = query;
+            int64_t d = 0;
+            for (; d + STEP <= head_dim; d += STEP, words += LANES) {
+                typename W::V line[M];
 #pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) line[m] = W::load(query + m * stride);
+                for (int m = 0; m < M; ++m) line[m] = W::load(words + m * stride);
 #pragma GCC unroll 16
-            for (int k = 0; k < KEYS; ++k) {
-                const typename W::V operand = A::words(key[k] + d);
+                for (int k = 0; k < KEYS; ++k) {
+                    const typename W::V operand = A::words(key[k] + d);
 #pragma GCC unroll 4
-                for (int m = 0; m < M; ++m) sum[m * KEYS + k] = A::dot(sum[m * KEYS + k], line[m], operand);
+                    for (int m = 0; m < M; ++m) sum[m * KEYS + k] = A::dot(sum[m * KEYS + k], line[m], operand);
+                }
             }
-        }
-        if (d < head_dim) {
+            if (d < head_dim) {
 #pragma GCC unroll 16
-            for (int k = 0; k < KEYS; ++k) {
-                const typename W::V operand = part_of_words(key[k] + d, head_dim - d);
+                for (int k = 0; k < KEYS; ++k) {
+                    const typename W::V operand = part_of_words(key[k] + d, head_dim - d);
 #pragma GCC unroll 4
-                for (int m = 0; m < M; ++m)
-                    sum[m * KEYS + k] = A::dot(sum[m * KEYS + k], W::load(query + m * stride), operand);
+                    for (int m = 0; m < M; ++m)
+                        sum[m * KEYS + k] = A::dot(sum[m * KEYS + k], W::load(words + m * stride), operand);
+                }
             }
+            const V total = add_across(sum);
+            for (int m = 0; m < M; ++m)
+                __builtin_memcpy(score + m * SCORE_STRIDE, (const T *)&total + m * KEYS, KEYS * sizeof(T));
         }
-        const V total = add_across(sum);
-        for (int m = 0; m < M; ++m)
-            __builtin_memcpy(score + m * SCORE_STRIDE, (const T *)&total + m * KEYS, KEYS * sizeof(T));
     }
 
-    // Scores of all rows against the first `keys` of one unit; `next` are the rows that will be wanted some units
-    // later.
-    static INLINE void scores(const Word *query, int64_t stride, int rows, const Input *const *key,
-                              const Input *const *next, int keys, int64_t head_dim, T *score) {
-        const auto against = [&](int first, auto count) {
-            constexpr int M = decltype(count)::value, KEYS = LANES / M;
-            for (int k = 0; k < keys; k += KEYS) {
-                if (first == 0)
-                    for (int ahead = k; ahead < k + KEYS; ++ahead) prefetch(next[ahead], head_dim);
-                score_keys<M>(query + first * stride, stride, key + k, head_dim, score + first * SCORE_STRIDE + k);
-            }
-        };
-        for_rows(rows, against);
+    // Scores of all rows against the first `keys` of one unit.
+    static INLINE void scores(const Word *query, int64_t stride, int rows, const Input *const *key, Ahead ahead,
+                              int keys, int64_t head_dim, T *score) {
+        for_rows(rows, [&](int first, auto count) {
+            score_keys<decltype(count)::value>(query + first * stride, stride, key, first == 0 ? ahead : Ahead{}, keys,
+                                               head_dim, score + first * SCORE_STRIDE);
+        });
     }
 
     // Rows four at a time while they last. Rows past the end are zero queries, and their scores are not read.
@@ -140,20 +164,18 @@ template <class A> struct Direct {
     }
 
     // out[m][0..N vectors) = out * decay[m] + weight[m] . value over `keys` keys; `left` columns are there. The same
-    // columns of `next` are asked for.
+    // columns ahead are asked for.
     template <int M, int N, bool WHOLE>
-    static NOINLINE void value_columns(const Weight *weight, const Input *const *value, const Input *const *next,
-                                       int64_t column, int64_t left, int keys, T *out, int64_t out_stride,
-                                       const T *decay) {
+    static NOINLINE void value_columns(const Weight *weight, const Input *const *value, Ahead ahead, int64_t column,
+                                       int64_t left, int keys, T *out, int64_t out_stride, const T *decay) {
         V sum[M][N];
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) sum[m][n] = R::load(out + m * out_stride + n * LANES) * decay[m];
         for (int k = 0; k < keys; k += A::PER_WORD, value += A::PER_WORD, weight += A::PER_WORD) {
-            if (next) {
-                for (int t = 0; t < A::PER_WORD; ++t) prefetch(next[k + t] + column, WHOLE ? N * LANES : left);
-            }
+            if (ahead.row)
+                for (int t = 0; t < A::PER_WORD; ++t) ahead.ask(k + t, column, WHOLE ? N * LANES : left);
             const Input *row[2] = {value[0] + column, value[A::PER_WORD - 1] + column};
             typename W::V line[N];
             load_columns<N>(row, WHOLE ? int64_t(N * LANES) : left, line);
@@ -173,22 +195,22 @@ template <class A> struct Direct {
 
     // Adds the product of the rows' weights with the values of `keys` keys to out, whose rows are padded to a
     // multiple of 2 * LANES.
-    static void values(const Weight *weight, int rows, const Input *const *value, const Input *const *next, int keys,
+    static void values(const Weight *weight, int rows, const Input *const *value, Ahead ahead, int keys,
                        int64_t value_dim, T *out, int64_t out_stride, const T *decay) {
         for_rows(rows, [&](int first, auto count) {
             constexpr int M = decltype(count)::value;
             const Weight *from = weight + first * WEIGHT_STRIDE;
             T *to = out + first * out_stride;
-            const Input *const *ahead = first == 0 ? next : nullptr;
+            const Ahead here = first == 0 ? ahead : Ahead{};
             int64_t column = 0;
             for (; column + COLUMNS * LANES <= value_dim; column += COLUMNS * LANES)
-                value_columns<M, COLUMNS, true>(from, value, ahead, column, 0, keys, to + column, out_stride,
+                value_columns<M, COLUMNS, true>(from, value, here, column, 0, keys, to + column, out_stride,
                                                 decay + first);
             for (; column + 2 * LANES <= value_dim; column += 2 * LANES)
-                value_columns<M, 2, true>(from, value, ahead, column, 0, keys, to + column, out_stride, decay + first);
+                value_columns<M, 2, true>(from, value, here, column, 0, keys, to + column, out_stride, decay + first);
             if (column < value_dim)
-                value_columns<M, 2, false>(from, value, ahead, column, value_dim - column, keys, to + column,
-                                           out_stride, decay + first);
+                value_columns<M, 2, false>(from, value, here, column, value_dim - column, keys, to + column, out_stride,
+                                           decay + first);
         });
     }
 };

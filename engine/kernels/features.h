@@ -134,7 +134,8 @@ template <class A> struct Rules {
         const Features &f = call.features;
         rows = count;
         int64_t q = first_row / call.group, member = first_row % call.group;
-        for (int r = 0; r < MAX_TILE_ROWS + PANEL; ++r, ++member) {
+        const int filled = int(round_up(count, PANEL));
+        for (int r = 0; r < filled; ++r, ++member) {
             if (member == call.group) {
                 member = 0;
                 ++q;
@@ -171,6 +172,9 @@ template <class A> struct Rules {
                                                 : widen(reinterpret_cast<const float16 *>(at));
                 return;
             }
+        } else if (b.dtype == 3 && stride == 1 && left >= UNIT) {
+            for (int half = 0; half < 2; ++half) line[half] = R::load(reinterpret_cast<const T *>(at) + half * LANES);
+            return;
         }
         alignas(64) T numbers[UNIT];
         load_line<T>(at, b.dtype, stride, left < UNIT ? left : UNIT, UNIT, numbers);
@@ -181,10 +185,11 @@ template <class A> struct Rules {
     // gets the derivative of the softcap.
     template <int M> NOINLINE void apply(int first, int64_t key, T *score, int64_t stride, T *steepness) const {
         const Features &f = call.features;
-        V away[2];
-        for (int half = 0; half < 2; ++half)
-            for (int lane = 0; lane < LANES; ++lane)
-                away[half][lane] = T(call.k_origin + call.step * (key + half * LANES + lane));
+        V away[2] = {};
+        if (f.slopes.data)
+            for (int half = 0; half < 2; ++half)
+                for (int lane = 0; lane < LANES; ++lane)
+                    away[half][lane] = T(call.k_origin + call.step * (key + half * LANES + lane));
         for (int m = 0; m < M; ++m, score += stride) {
             const int r = first + m;
             V x[2] = {R::load(score) * magnitude, R::load(score + LANES) * magnitude};

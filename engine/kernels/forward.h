@@ -142,7 +142,8 @@ template <class A> struct Forward {
     struct Operands {
         const Word *value[UNITS];
         const Input *key_row[KEY_BLOCK], *value_row[KEY_BLOCK];
-        const Input *next_key[KEY_BLOCK], *next_value[KEY_BLOCK]; // of some units later
+        const Input *next_key[KEY_BLOCK], *next_value[KEY_BLOCK]; // of some units later, where there are pages
+        typename InPlace::Ahead ahead_key, ahead_value;
         int keys; // of the listed units, without those behind the last that a row uses
     };
 
@@ -160,7 +161,7 @@ template <class A> struct Forward {
         if constexpr (DIRECT) {
             for (int u = 0; u < seen.unit_count; ++u)
                 InPlace::scores(query, InPlace::query_stride(call.head_dim), rows, operands.key_row + u * UNIT,
-                                operands.next_key + u * UNIT,
+                                operands.ahead_key + u * UNIT,
                                 operands.keys - u * UNIT < UNIT ? operands.keys - u * UNIT : UNIT, call.head_dim,
                                 s.score + u * UNIT);
         }
@@ -203,8 +204,8 @@ template <class A> struct Forward {
         }
         if (rules.drops) drop_weights(rules, block, seen, listed, rows, s.weight);
         if constexpr (DIRECT) {
-            InPlace::values(s.weight, rows, operands.value_row, operands.next_value, operands.keys, call.value_dim, out,
-                            s.value_stride, decay);
+            InPlace::values(s.weight, rows, operands.value_row, operands.ahead_value, operands.keys, call.value_dim,
+                            out, s.value_stride, decay);
         } else {
             Tile::for_panels(rows, [&](int first, auto count) {
                 const typename Tile::Listed &own = listed[first / PANEL];
@@ -335,33 +336,57 @@ template <class A> struct Forward {
         }
     }
 
-    // Rows to ask for: those of a later unit, or past the end the unit's own again.
-    static INLINE void find_next(const typename Packing::Matrix &matrix, int64_t first, const Input *const *row,
-                                 const Input **next) {
-        matrix.rows(first, UNIT, next);
-        for (int r = UNIT - 1; r >= 0 && !next[r]; --r) next[r] = row[0];
+    // Rows to ask for: those of a later unit, or past the end the unit's own first again.
+    static INLINE void find_next(const typename Packing::Matrix &matrix, int64_t first, int count,
+                                 const Input *const *row, const Input **next) {
+        const int64_t left = matrix.length - first;
+        const int there = left <= 0 ? 0 : left < count ? int(left) : count;
+        if (there) matrix.rows(first, there, next);
+        for (int r = there; r < count; ++r) next[r] = row[0];
     }
 
-    // Where the keys and values of the listed units lie; zeros stand for those that no row uses.
+    // Where the keys and values of the listed units lie; zeros stand for those that no row uses. Behind the last used
+    // key of the last unit nothing is looked up but what fills a vector of keys: pointers to 128 rows for a single key
+    // were a third of a tiny call.
     static INLINE void find_rows(const ForwardCall &call, const Scratch &s, const typename Packing::Matrix &keys,
                                  const typename Packing::Matrix &values, int64_t block, const Expansion &seen,
                                  Operands &operands) {
         const int64_t row_bytes = call.head_dim * int64_t(sizeof(Input));
         const int64_t ahead = round_up(call.prefetch_bytes / row_bytes, UNIT);
+        // Pages may follow each other anywhere. Other rows lie at one stride, and what lies behind the last is asked
+        // for in vain.
+        const bool follows = seen.unit_count && block + seen.index[0] * UNIT + ahead < call.k_length, paged = keys.page;
+        operands.ahead_key = {!follows ? nullptr
+                              : paged  ? operands.next_key
+                                       : operands.key_row,
+                              paged ? 0 : ahead * keys.row_stride};
+        operands.ahead_value = {!follows ? nullptr
+                                : paged  ? operands.next_value
+                                         : operands.value_row,
+                                paged ? 0 : ahead * values.row_stride};
         for (int u = 0; u < seen.unit_count; ++u) {
-            const int64_t first = block + seen.index[u] * UNIT;
-            keys.rows(first, UNIT, operands.key_row + u * UNIT);
-            values.rows(first, UNIT, operands.value_row + u * UNIT);
-            find_next(keys, first + ahead, operands.key_row + u * UNIT, operands.next_key + u * UNIT);
-            find_next(values, first + ahead, operands.value_row + u * UNIT, operands.next_value + u * UNIT);
-            operands.keys = (u + 1) * UNIT;
-            if (!seen.partial[u]) continue;
             const int key = seen.index[u] * UNIT;
-            const uint64_t used = seen.used[key / 64] >> (key % 64) & Rules<A>::ALL;
-            operands.keys = u * UNIT + int(round_up(64 - __builtin_clzll(used), A::PER_WORD));
-            for (int k = 0; k < UNIT; ++k) {
+            const int64_t first = block + key;
+            uint64_t used = Rules<A>::ALL;
+            int count = UNIT;
+            operands.keys = (u + 1) * UNIT;
+            if (seen.partial[u]) {
+                used &= seen.used[key / 64] >> (key % 64);
+                const int last = 64 - __builtin_clzll(used);
+                operands.keys = u * UNIT + int(round_up(last, A::PER_WORD));
+                if (u + 1 == seen.unit_count) count = int(round_up(last, LANES));
+            }
+            const Input **key_row = operands.key_row + u * UNIT, **value_row = operands.value_row + u * UNIT;
+            keys.rows(first, count, key_row);
+            values.rows(first, count, value_row);
+            if (follows && paged) {
+                find_next(keys, first + ahead, count, key_row, operands.next_key + u * UNIT);
+                find_next(values, first + ahead, count, value_row, operands.next_value + u * UNIT);
+            }
+            if (!seen.partial[u]) continue;
+            for (int k = 0; k < count; ++k) {
                 if (used >> k & 1) continue;
-                operands.key_row[u * UNIT + k] = operands.value_row[u * UNIT + k] = s.nothing;
+                key_row[k] = value_row[k] = s.nothing;
             }
         }
     }

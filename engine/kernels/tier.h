@@ -117,6 +117,9 @@ struct BackwardKernel {
     int64_t step_rows;                              // of a call, unless tuned
 };
 
+// Rows of a work item at most.
+constexpr int64_t WEIGHT_ROWS = 10 * MAX_TILE_ROWS;
+
 // The weights of a call, dense or as lists of pairs; see heedful_weights.
 struct WeightsCall : Inputs {
     const void *lse;

@@ -14,14 +14,14 @@ template <class A> struct Weights {
 
     struct Scratch {
         int64_t steps;
-        Word *query, *key; // panels of a tile's rows; units of a block
+        Word *query, *key; // panels of an item's rows; units of a block
         T *score;          // [PANEL][SCORE_STRIDE]
         char *end;
 
         Scratch(const WeightsCall &call, char *memory) {
             steps = (call.head_dim + A::PER_WORD - 1) / A::PER_WORD;
             end = memory;
-            query = take<Word>(MAX_TILE_ROWS * steps + LANES);
+            query = take<Word>(WEIGHT_ROWS * steps + LANES);
             key = take<Word>(KEY_BLOCK * steps);
             score = take<T>(PANEL * SCORE_STRIDE);
         }
@@ -32,7 +32,7 @@ template <class A> struct Weights {
         }
     };
 
-    // What is known of the rows of a tile.
+    // What is known of a row.
     struct Row {
         int64_t query, head, at, next; // at: among (batch, heads, q_length); next: of its pairs
         T lse;
@@ -52,40 +52,69 @@ template <class A> struct Weights {
         return left >= UNIT ? Rules<A>::ALL : (uint64_t(1) << left) - 1;
     }
 
+    // Keys are packed once for all rows of the item.
     static void run(const WeightsCall &call, const ForwardItem &item, char *memory) {
         const Scratch s(call, memory);
         const typename Packing::Matrix keys(call.key, call.key_stride, call, item.batch_index, item.kv_head,
                                             call.head_dim);
         Rules<A> rules(call, item.batch_index);
         rules.magnitude = T(call.scale);
-        Expansion seen;
-        Row row[MAX_TILE_ROWS];
-        for (int64_t first = item.first_row; first < item.first_row + item.rows; first += MAX_TILE_ROWS) {
-            const int64_t left = item.first_row + item.rows - first;
-            const int rows = int(left < MAX_TILE_ROWS ? left : MAX_TILE_ROWS);
-            const int64_t q_begin = first / call.group, q_end = (first + rows - 1) / call.group + 1;
-            const AtomSelection selection(*call.schedule, item.batch_index, q_begin, q_end);
-            begin_rows(call, item, s, first, rows, row);
-            rules.place(item.kv_head, first, rows);
-            int64_t low, high;
-            selection.hull(q_begin, q_end, low, high);
-            for (int64_t block = low / KEY_BLOCK * KEY_BLOCK; block < high; block += KEY_BLOCK) {
-                selection.expand(item.kv_head * call.group, call.group, first, rows, block, KEY_BLOCK, UNIT, seen);
-                rules.exclude(block, seen);
-                if (seen.unit_count) visit(call, item, s, rules, keys, block, seen, rows, row);
-            }
-            if (call.counts)
-                for (int r = 0; r < rows; ++r) call.counts[row[r].at] = row[r].next;
+        const int64_t q_begin = item.first_row / call.group, q_end = (item.first_row + item.rows - 1) / call.group + 1;
+        const AtomSelection selection(*call.schedule, item.batch_index, q_begin, q_end);
+        int64_t low, high;
+        selection.hull(q_begin, q_end, low, high);
+        low = low < high ? low / KEY_BLOCK * KEY_BLOCK : 0;
+        high = low < high ? round_up(high, KEY_BLOCK) : 0;
+        Row row[WEIGHT_ROWS];
+        for (int64_t first = 0; first < item.rows; first += MAX_TILE_ROWS) begin_rows(call, item, s, first, row);
+        if (call.weights) {
+            clear(call, item, row, item.rows, 0, low);
+            clear(call, item, row, item.rows, high, call.k_length);
         }
+        Expansion seen;
+        for (int64_t block = low; block < high; block += KEY_BLOCK) {
+            bool packed[UNITS] = {};
+            for (int64_t first = 0; first < item.rows; first += MAX_TILE_ROWS) {
+                const int rows = rows_of_tile(item, first);
+                selection.expand(item.kv_head * call.group, call.group, item.first_row + first, rows, block, KEY_BLOCK,
+                                 UNIT, seen);
+                if (rules.active || rules.drops) {
+                    rules.place(item.kv_head, item.first_row + first, rows);
+                    rules.exclude(block, seen);
+                }
+                if (call.weights && !is_whole(seen)) clear(call, item, row + first, rows, block, block + KEY_BLOCK);
+                for (int u = 0; u < seen.unit_count && !call.counts; ++u) {
+                    const int unit = seen.index[u];
+                    if (!packed[unit]) Packing::keys(keys, block + unit * UNIT, s.steps, s.key + unit * UNIT * s.steps);
+                    packed[unit] = true;
+                }
+                if (seen.unit_count) visit(call, item, s, rules, first, block, seen, rows, row + first);
+            }
+        }
+        if (call.counts)
+            for (int64_t r = 0; r < item.rows; ++r) call.counts[row[r].at] = row[r].next;
     }
 
-    static void begin_rows(const WeightsCall &call, const ForwardItem &item, const Scratch &s, int64_t first, int rows,
+    static int rows_of_tile(const ForwardItem &item, int64_t first) {
+        return int(item.rows - first < MAX_TILE_ROWS ? item.rows - first : MAX_TILE_ROWS);
+    }
+
+    // Whether every pair of the block counts.
+    static bool is_whole(const Expansion &seen) {
+        bool whole = seen.unit_count == UNITS;
+        for (int u = 0; whole && u < UNITS; ++u) whole = !seen.partial[u];
+        return whole;
+    }
+
+    static void begin_rows(const WeightsCall &call, const ForwardItem &item, const Scratch &s, int64_t first,
                            Row *row) {
         const Input *query[MAX_TILE_ROWS];
+        const int rows = rows_of_tile(item, first);
         for (int r = 0; r < rows; ++r) {
-            Row &here = row[r];
-            here.query = (first + r) / call.group;
-            here.head = item.kv_head * call.group + (first + r) % call.group;
+            const int64_t index = item.first_row + first + r;
+            Row &here = row[first + r];
+            here.query = index / call.group;
+            here.head = item.kv_head * call.group + index % call.group;
             here.at = call.statistic(item.batch_index, here.head, here.query);
             here.next = call.row_begin ? call.row_begin[here.at] : 0;
             const T lse = call.lse ? static_cast<const T *>(call.lse)[here.at] : 0;
@@ -93,14 +122,21 @@ template <class A> struct Weights {
             here.lse = lse == -T(__builtin_inff()) ? -lse : lse * T(LOG2_E);
             query[r] = reinterpret_cast<const Input *>(call.query) + item.batch_index * call.query_stride[0] +
                        here.head * call.query_stride[1] + here.query * call.query_stride[2];
-            if (call.weights) {
-                Input *line = line_of(call, item, here);
-                if (call.weights_stride[3] == 1) __builtin_memset(line, 0, size_t(call.k_length) * sizeof(Input));
-                else
-                    for (int64_t k = 0; k < call.k_length; ++k) line[k * call.weights_stride[3]] = Input{};
-            }
         }
-        Packing::panels(query, rows, call.query_stride[3], call.head_dim, s.steps, s.query, false);
+        Packing::panels(query, rows, call.query_stride[3], call.head_dim, s.steps, s.query + first * s.steps, false);
+    }
+
+    // Zeroes keys [from, to) of some rows.
+    static void clear(const WeightsCall &call, const ForwardItem &item, const Row *row, int64_t rows, int64_t from,
+                      int64_t to) {
+        to = to < call.k_length ? to : call.k_length;
+        if (from >= to) return;
+        for (int64_t r = 0; r < rows; ++r) {
+            Input *line = line_of(call, item, row[r]);
+            if (call.weights_stride[3] == 1) __builtin_memset(line + from, 0, size_t(to - from) * sizeof(Input));
+            else
+                for (int64_t k = from; k < to; ++k) line[k * call.weights_stride[3]] = Input{};
+        }
     }
 
     static Input *line_of(const WeightsCall &call, const ForwardItem &item, const Row &row) {
@@ -108,8 +144,9 @@ template <class A> struct Weights {
                row.head * call.weights_stride[1] + row.query * call.weights_stride[2];
     }
 
+    // One tile of rows, which begins at row `tile` of the item, against the listed units of one key block.
     static void visit(const WeightsCall &call, const ForwardItem &item, const Scratch &s, const Rules<A> &rules,
-                      const typename Packing::Matrix &keys, int64_t block, const Expansion &seen, int rows, Row *row) {
+                      int64_t tile, int64_t block, const Expansion &seen, int rows, Row *row) {
         if (call.counts) {
             for (int r = 0; r < rows; ++r)
                 for (int u = 0; u < seen.unit_count; ++u) row[r].next += count_bits(bits_of(call, seen, u, r, block));
@@ -117,43 +154,48 @@ template <class A> struct Weights {
         }
         uint64_t kept[MAX_TILE_ROWS][BLOCK_WORDS];
         if (rules.drops) rules.draw(block, seen, kept);
-        for (int u = 0; u < seen.unit_count; ++u)
-            Packing::keys(keys, block + seen.index[u] * UNIT, s.steps, s.key + u * UNIT * s.steps);
         const T factor = rules.factor(), grow = T(1 / call.features.kept_share);
+        const bool side_by_side = call.weights && call.weights_stride[3] == 1;
         Tile::for_panels(rows, [&](int first, auto count) {
             constexpr int M = decltype(count)::value;
             for (int u = 0; u < seen.unit_count; ++u) {
-                Tile::template score_tile<M>(s.query + first * s.steps, s.key + u * UNIT * s.steps, s.steps,
-                                             s.score + u * UNIT);
+                Tile::template score_tile<M>(s.query + (tile + first) * s.steps, s.key + seen.index[u] * UNIT * s.steps,
+                                             s.steps, s.score + u * UNIT);
                 if (rules.active)
                     rules.template apply<M>(first, block + seen.index[u] * UNIT, s.score + u * UNIT, SCORE_STRIDE,
                                             nullptr);
             }
             for (int m = 0; m < M && first + m < rows; ++m) {
+                const V scale = R::set1(factor), offset = R::set1(-row[first + m].lse);
+                Input *const line = call.weights ? line_of(call, item, row[first + m]) : nullptr;
                 for (int u = 0; u < seen.unit_count; ++u) {
-                    T *weight = s.score + m * SCORE_STRIDE + u * UNIT;
+                    T *score = s.score + m * SCORE_STRIDE + u * UNIT;
+                    V weight[2];
+                    for (int half = 0; half < 2; ++half)
+                        weight[half] = R::template exp2<5>(R::load(score + half * LANES) * scale + offset);
                     const int key = seen.index[u] * UNIT;
-                    const uint64_t drawn = rules.drops ? kept[first + m][key / 64] >> (key % 64) : ~uint64_t(0);
-                    for (int half = 0; half < 2; ++half) {
-                        const V p = R::template exp2<5>(R::load(weight + half * LANES) * factor - row[first + m].lse);
-                        R::store(weight + half * LANES,
-                                 R::keep_or_zero(p * grow,
-                                                 uint32_t(drawn >> (half * LANES) & ((uint64_t(1) << LANES) - 1))));
+                    if (rules.drops) {
+                        const uint64_t drawn = kept[first + m][key / 64] >> (key % 64);
+                        for (int half = 0; half < 2; ++half)
+                            weight[half] = R::keep_or_zero(
+                                weight[half] * grow, uint32_t(drawn >> (half * LANES) & ((uint64_t(1) << LANES) - 1)));
                     }
-                    write(call, item, row[first + m], block + key, bits_of(call, seen, u, first + m, block), weight);
+                    const uint64_t bits = bits_of(call, seen, u, first + m, block);
+                    for (int half = 0; half < 2; ++half) {
+                        if (side_by_side && bits == Rules<A>::ALL)
+                            narrow(line + block + key + half * LANES, weight[half]);
+                        else R::store(score + half * LANES, weight[half]);
+                    }
+                    if (!side_by_side || bits != Rules<A>::ALL)
+                        write(call, item, row[first + m], line, block + key, bits, score);
                 }
             }
         });
     }
 
-    static void write(const WeightsCall &call, const ForwardItem &item, Row &row, int64_t key, uint64_t bits,
-                      const T *weight) {
-        Input *line = call.weights ? line_of(call, item, row) : nullptr;
-        if (line && bits == Rules<A>::ALL && call.weights_stride[3] == 1) {
-            narrow(line + key, R::load(weight));
-            narrow(line + key + LANES, R::load(weight + LANES));
-            return;
-        }
+    // One by one.
+    static void write(const WeightsCall &call, const ForwardItem &item, Row &row, Input *line, int64_t key,
+                      uint64_t bits, const T *weight) {
         for (int k = 0; k < UNIT; ++k) {
             if (!(bits >> k & 1)) continue;
             if (line) {

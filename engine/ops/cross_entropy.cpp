@@ -164,6 +164,7 @@ void check_terms(const heedful_array &logits, const heedful_array &targets, cons
     REQUIRE(logits.ndim == 2, "logits: has " + std::to_string(logits.ndim) + " dimensions, takes 2");
     REQUIRE(targets.dtype == HEEDFUL_INT64 && targets.ndim == 1 && targets.size[0] == logits.size[0],
             "targets: takes int64, one for each row of logits");
+    REQUIRE(targets.data || logits.size[0] == 0, "targets: has no data");
     REQUIRE(terms.first >= 0 && terms.classes >= 1 && terms.first + logits.size[1] <= terms.classes,
             "first: is " + std::to_string(terms.first) + " of " + std::to_string(terms.classes) +
                 " classes, with logits of " + std::to_string(logits.size[1]));
@@ -260,6 +261,7 @@ void backward_rows(const heedful_array &grad_losses, const heedful_array *grad_l
     const auto check_row_numbers = [&](const char *name, const heedful_array &numbers) {
         REQUIRE(numbers.dtype == computed_dtype(logits.dtype) && numbers.ndim == 1 && numbers.size[0] == logits.size[0],
                 std::string(name) + ": takes one number for each row, in the type that is computed in");
+        REQUIRE(numbers.data || logits.size[0] == 0, std::string(name) + ": has no data");
     };
     check_row_numbers("grad_losses", grad_losses);
     check_row_numbers("lse", lse);

@@ -124,8 +124,30 @@ template <class T> INLINE typename Real<T>::V exp(typename Real<T>::V x) {
     return scale_by_power(p * r + T(1), n, whole);
 }
 
-// 1 / (1 + e^-x), 0 where e^-x is out of range.
-template <class T> INLINE typename Real<T>::V sigmoid(typename Real<T>::V x) { return T(1) / (T(1) + exp<T>(-x)); }
+// The same for a result that is rounded to In: for 16 bits within 1e-5 of it, for half the instructions.
+template <class In> INLINE auto exp_for(typename Real<typename ComputedIn<In>::type>::V x) {
+    typedef typename ComputedIn<In>::type T;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(In) == 2) return Real<T>::template exp2<4>(x * Exponential<T>::LOG2_E);
+    else
+#endif
+        return exp<T>(x);
+}
+
+// x / y for a result that is rounded to In: for bfloat16 within 1/30 of its roundoff.
+template <class In, class V> INLINE V quotient_for(V x, V y) {
+#if defined(__AVX512F__)
+    if constexpr (__is_same(In, bfloat16)) return x * (V)_mm512_rcp14_ps((__m512)y);
+    else
+#endif
+        return x / y;
+}
+
+// 1 / (1 + e^-x), 0 where e^-x is out of range. What is missing to 1 is used too, so the quotient is a whole one.
+template <class In> INLINE auto sigmoid_for(typename Real<typename ComputedIn<In>::type>::V x) {
+    typedef typename ComputedIn<In>::type T;
+    return T(1) / (T(1) + exp_for<In>(-x));
+}
 
 // The same and what is missing to 1, each with full relative precision for every x.
 template <class T> struct SigmoidParts {
@@ -137,20 +159,31 @@ template <class T> INLINE SigmoidParts<T> sigmoid_parts(typename Real<T>::V x) {
     return {x < V{} ? small : large, x < V{} ? large : small};
 }
 
-template <class T> struct NormalTail;
+template <class In> struct NormalTail;
 // e^(x^2 / 2) (x + MIDDLE) times the probability that a normal variable exceeds x, for x from 0 until e^(-x^2 / 2) is
-// 0, as a polynomial of (x - MIDDLE) / (x + MIDDLE): interpolated at Chebyshev's nodes. Errs by 1.3e-8, for
-// double 1.2e-17.
+// 0, as a polynomial of (x - MIDDLE) / (x + MIDDLE). Errs by 1.3e-8 (interpolated at Chebyshev's nodes), for double
+// 1.2e-17; for 16 bits (least largest relative error) by 1/40 of their roundoff: 6.6e-6 and 4.7e-5.
 template <> struct NormalTail<float> {
-    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
     static constexpr float MIDDLE = 4.0f;
+    static constexpr int EXP_DEGREE = 5;
     static constexpr float POLYNOMIAL[] = {-0.000122983157f, 0.0001948018511f, 0.001569313645f, -0.003523574056f,
                                            -0.007527212912f, 0.06040646975f,   -0.1865230059f,  0.3871366798f,
                                            -0.6078966061f,   0.7552851385f};
 };
+template <> struct NormalTail<float16> {
+    static constexpr float MIDDLE = 4.5f;
+    static constexpr int EXP_DEGREE = 4;
+    static constexpr float POLYNOMIAL[] = {-0.03409097659f, 0.1132910393f,  -0.2529208147f,
+                                           0.4462060271f,   -0.6402704351f, 0.7632354786f};
+};
+template <> struct NormalTail<bfloat16> {
+    static constexpr float MIDDLE = 4.0f;
+    static constexpr int EXP_DEGREE = 4;
+    static constexpr float POLYNOMIAL[] = {0.06039773197f, -0.189658357f, 0.3869738686f, -0.6076044707f, 0.7552853523f};
+};
 template <> struct NormalTail<double> {
-    typedef uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
     static constexpr double MIDDLE = 5.0;
+    static constexpr int EXP_DEGREE = 5; // which Real<double> does not look at
     static constexpr double POLYNOMIAL[] = {
         -1.5877468827473365378e-10,  1.7530484014082319805e-9,  7.6630718007600410458e-9,   -9.3135609943260591435e-9,
         -6.5942216624772230429e-8,   4.2274993740065348384e-8,  4.3314103568625849535e-7,   -3.3661536810124711722e-7,
@@ -160,47 +193,28 @@ template <> struct NormalTail<double> {
         0.49530561596997641327,      -0.66538250289005670039,   0.76919304975006295856};
 };
 
-// The normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2 with full relative precision on both sides, but for the
-// roundings of x^2 / 2 in its exponential, and its density. Each below 2^-126, for double 2^-1022, may be 0.
+template <class T> INLINE typename Real<T>::V magnitude(typename Real<T>::V x) {
+    typedef typename Exponential<T>::Bits Bits;
+    return (typename Real<T>::V)((Bits)x & (~Bits{} >> 1));
+}
+
+// The normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2 with full relative precision of In on both sides, but
+// for the roundings of x^2 / 2 in its exponential, and its density. Each below 2^-126, for double 2^-1022, may be 0.
 template <class T> struct NormalParts {
     typename Real<T>::V below, density;
 };
-template <class T> INLINE NormalParts<T> normal_parts(typename Real<T>::V x) {
+template <class In>
+INLINE NormalParts<typename ComputedIn<In>::type> normal_parts(typename Real<typename ComputedIn<In>::type>::V x) {
+    typedef typename ComputedIn<In>::type T;
     typedef typename Real<T>::V V;
-    typedef NormalTail<T> N;
-    const V size = (V)((typename N::Bits)x & (~typename N::Bits{} >> 1));
-    const V power = Real<T>::template exp2<5>(size * size * T(-0.72134752044448170368)); // log2(e) / 2
-    const V inverse = T(1) / (size + N::MIDDLE), t = T(1) - T(2 * N::MIDDLE) * inverse;
+    typedef NormalTail<In> N;
+    const V size = magnitude<T>(x);
+    const V power = Real<T>::template exp2<N::EXP_DEGREE>(size * size * T(-0.72134752044448170368)); // log2(e) / 2
+    const V inverse = quotient_for<In>(Real<T>::set1(1), size + N::MIDDLE), t = T(1) - T(2 * N::MIDDLE) * inverse;
     constexpr int TERMS = sizeof N::POLYNOMIAL / sizeof *N::POLYNOMIAL;
     V p = Real<T>::set1(N::POLYNOMIAL[0]);
 #pragma GCC unroll 24
     for (int i = 1; i < TERMS; ++i) p = p * t + N::POLYNOMIAL[i];
     const V tail = power * (p * inverse);
     return {x < V{} ? tail : T(1) - tail, power * T(0.398942280401432677939946)};
-}
-
-// The same for results that are rounded to 16 bits: errs by 6e-6 of the tail, which is 1/40 of float16's roundoff.
-// It takes two thirds of the time.
-INLINE NormalParts<float> normal_parts_16_bit(Real<float>::V x) {
-    typedef Real<float>::V V;
-    constexpr float MIDDLE = 3.0f, FARTHEST = 15.0f, HALF_LOG2_E = 0.72134752f;
-    const V limit = Real<float>::set1(FARTHEST);
-    const V size = clamp<float>((V)((Real<float>::I)x & 0x7fffffff), V{}, limit);
-    const V power = Real<float>::exp2<4>(size * size * -HALF_LOG2_E), above = size + MIDDLE;
-    const V divisor = (size + 1.0f) * above;
-#if defined(__AVX512F__)
-    const V near = (V)_mm512_rcp14_ps((__m512)divisor), quotient = near * (2.0f - divisor * near);
-#else
-    const V quotient = 1.0f / divisor;
-#endif
-    const V t = (size - MIDDLE) * (size + 1.0f) * quotient;
-    V p = Real<float>::set1(0.00255258001f);
-    p = p * t + 0.000901217562f;
-    p = p * t - 0.0225665505f;
-    p = p * t + 0.0452117804f;
-    p = p * t - 0.0164551811f;
-    p = p * t - 0.0965276847f;
-    p = p * t + 0.486056351f;
-    const V tail = power * p * (above * quotient);
-    return {x < V{} ? tail : 1.0f - tail, power * 0.39894228f};
 }

@@ -53,7 +53,7 @@ template <class Activation, class In> struct LayerNorm {
             const V mean = Real<T>::set1(m.mean), rate = Real<T>::set1(m.rate);
             for_vectors<T>(rows.columns, [=](int64_t i, auto part) {
                 const V y = (part.load(x + i) - mean) * rate;
-                part.store(out + i, Activation::template value<T>(y * part.load(weight + i) + part.load(bias + i)));
+                part.store(out + i, Activation::template value<T, In>(y * part.load(weight + i) + part.load(bias + i)));
             });
         }
     }

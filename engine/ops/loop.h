@@ -18,6 +18,11 @@ namespace heedful {
 constexpr int MAX_DIMS = 32;
 // Elements of a work item: 4 to 16 microseconds of the lightest operations, against 1 for starting threads.
 constexpr int64_t ITEM_ELEMENTS = 32768;
+// Into how many items `total` falls at so many an item: an even number, so that two threads end together.
+inline int64_t even_items(int64_t total, int64_t item) {
+    const int64_t count = (total + item - 1) / item;
+    return count + (count > 1 ? count % 2 : 0);
+}
 // Arrays whose elements do not lie side by side pass through buffers of so many.
 constexpr int64_t BUFFER_ELEMENTS = 512;
 
@@ -125,6 +130,10 @@ template <int N> class Loop {
         if (empty_) return;
         item_rows_ = std::min(rows_, std::max(min_rows, ITEM_ELEMENTS / columns_));
         item_columns_ = std::min(columns_, std::max<int64_t>(ITEM_ELEMENTS / item_rows_, 1024));
+        const int64_t groups = even_items(rows_, item_rows_), pieces = even_items(columns_, item_columns_);
+        if (min_rows == 1) item_rows_ = (rows_ + groups - 1) / groups;
+        item_columns_ = (columns_ + pieces - 1) / pieces;
+        if (pieces > 1) item_columns_ = (item_columns_ + 63) / 64 * 64; // whole cache lines
         pieces_ = (columns_ + item_columns_ - 1) / item_columns_;
         groups_ = (rows_ + item_rows_ - 1) / item_rows_;
     }

@@ -28,7 +28,7 @@ template <class In> struct Swish {
         const V beta = Real<T>::set1(betas[0]);
         for_vectors<T>(n, [=](int64_t i, auto part) {
             const V v = part.load(x + i);
-            part.store(out + i, v / (T(1) + exp<T>(-v * (ONE ? beta : part.load(betas + i)))));
+            part.store(out + i, quotient_for<In>(v, T(1) + exp_for<In>(-v * (ONE ? beta : part.load(betas + i)))));
         });
     }
     static void forward(const void *x, const void *betas, bool one, void *out, int64_t n) {
@@ -48,7 +48,7 @@ template <class In> struct Swish {
                 part.store(shares + i, g * ((v * s.value) * (v * s.rest)));
                 part.store(grad_x + i, g * (s.value + t * s.value * s.rest));
             } else {
-                const V s = sigmoid<T>(t);
+                const V s = sigmoid_for<In>(t);
                 part.store(grad_x + i, g * s * (T(1) + t * (T(1) - s)));
             }
         });

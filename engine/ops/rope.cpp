@@ -172,6 +172,9 @@ struct Rotation {
         broadcast("sin", sin, own_dims, x, strides[SIN]);
         if (indexed) broadcast("positions", positions, positions.ndim, x, strides[POSITIONS]);
         else std::fill_n(strides[POSITIONS], MAX_DIMS, 0);
+        // Tables without columns may have no data to step from.
+        if (cos.size[cos.ndim - 1] == 0)
+            for (const int table : {COS, SIN}) std::fill_n(strides[table], MAX_DIMS, 0);
         int32_t sorted[MAX_DIMS], count = 0;
         for (int32_t dim = 0; dim < x.ndim - 1; ++dim) {
             rows *= x.size[dim];
@@ -207,7 +210,7 @@ struct Rotation {
             RopeRows here = model;
             here.rows = count;
             here.x = at[X], here.cos = at[COS], here.sin = at[SIN], here.out = const_cast<char *>(at[OUT]);
-            if (indexed) {
+            if (indexed && here.half > 0) {
                 const int64_t position = integer_at(positions, at[POSITIONS]);
                 here.cos += position * cos.stride[0] * element_bytes(cos.dtype);
                 here.sin += position * sin.stride[0] * element_bytes(sin.dtype);

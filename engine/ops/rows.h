@@ -133,7 +133,8 @@ template <int N> class Rows {
         }
         item_rows_ = std::max<int64_t>(ITEM_ELEMENTS / columns_, 1);
         if (summed) item_rows_ = std::min(SUMMED_ROWS, std::max(item_rows_, (rows_ + 63) / 64));
-        item_rows_ = std::min(item_rows_, rows_);
+        const int64_t items = even_items(rows_, item_rows_);
+        item_rows_ = (rows_ + items - 1) / items;
         items_ = (rows_ + item_rows_ - 1) / item_rows_;
         // Rows of arrays that lie the other way round share cache lines.
         buffer_rows_ = std::max<int64_t>(std::min<int64_t>(ITEM_ELEMENTS / columns_, 16), 1);

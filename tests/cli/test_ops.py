@@ -29,7 +29,7 @@ def quick(monkeypatch):
     """Rows as measured, without the measuring."""
     from heedful.measure import operations
 
-    def row(operation, case, setting):
+    def row(operation, case, setting, *, checked):
         peer = {"ratio": 2.0, "ratio_low": 1.5, "ratio_high": 2.5}
         return {
             "operation": operation.name,
@@ -184,3 +184,39 @@ def test_text_arrives_as_it_was(tmp_path):
         'component(fused_attention, source, C), format("~w~n~w~n~w", [A, B, C])'
     )
     assert prolog(tmp_path, "-g", goal, "-t", "halt", "semantics.pl", LC_ALL="C.UTF-8")[1] == "\n".join(texts)
+
+
+def test_update_writes_a_page(quick, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- operations:begin -->\nold\n<!-- operations:end -->\nafter\n")
+    done = invoke("--update", page, "--only", "softmax", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert text.startswith("before\n<!-- operations:begin -->\n")
+    assert text.endswith("<!-- operations:end -->\nafter\n")
+    assert "old" not in text
+    assert "heedful ops --only softmax --dtype bfloat16 --update" in text
+    cases = catalogue()["softmax"].cases
+    assert f"{2 * len(cases)} rows on" in text
+    assert f"In {2 * len(cases)} of them" in text
+    assert all(f"| {case.name} | bfloat16 | forward and backward |" in text for case in cases)
+
+
+def test_update_refuses_a_page_without_a_place(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    done = invoke("--update", page)
+    assert done.exit_code == 2
+    assert "operations:begin" in done.output
+    assert page.read_text() == "nothing\n"
+
+
+def test_where_pytorch_is_faster_is_said():
+    slower = {name: operation.slower for name, operation in catalogue().items() if operation.slower}
+    assert "parametric_swish" in slower
+    data = {operation["name"]: operation for operation in json.loads(invoke("--json").output)["operations"]}
+    page = invoke("--markdown").output
+    for name, entries in slower.items():
+        assert [entry["where"] for entry in data[name]["slower"]] == [entry.where for entry in entries]
+        assert all(entry.where in page and entry.peer in page for entry in entries)
+    assert "fewer than" in invoke().output

@@ -242,6 +242,8 @@ def test_unknown_and_missing_arguments():
 
 @pytest.mark.parametrize("empty", [0, 1, 2, 3])
 def test_sizes_of_0(empty):
+    if empty == 1 and torch.__version__ < "2.12":
+        pytest.skip("PyTorch's own function divides by the number of heads there, and the process ends")
     shape = [2, 3, 5, 8]
     shape[empty] = 0
     q = torch.randn(shape)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from heedful.nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from heedful.ops import _linear_cross_entropy as linear_module
+from heedful.ops import _linear_cross_entropy_operators as linear_operators
 from heedful.ops import cross_entropy, linear_cross_entropy
 
 PARAMETERS = {
@@ -115,9 +116,10 @@ class TestLinearCrossEntropy(OperationChecks):
 
     @pytest.fixture(autouse=True)
     def many_parts(self, monkeypatch):
-        monkeypatch.setattr(linear_module, "_PART_BYTES", 1)
-        monkeypatch.setattr(linear_module, "_FEWEST_CLASSES", 6)
-        monkeypatch.setattr(linear_module, "_FEWEST_ROWS", 4)
+        monkeypatch.setattr(linear_module, "_WHOLE_BYTES", -1)
+        monkeypatch.setattr(linear_operators, "_PART_BYTES", 1)
+        monkeypatch.setattr(linear_operators, "_FEWEST_CLASSES", 6)
+        monkeypatch.setattr(linear_operators, "_FEWEST_ROWS", 4)
 
     def make(self, variant, shape, dtype):
         self.dtype = dtype
@@ -222,7 +224,7 @@ def test_the_mean_of_no_rows_is_nan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_parts_of_real_sizes(dtype, reduction, monkeypatch):
-    monkeypatch.setattr(linear_module, "_PART_BYTES", 1 << 20)
+    monkeypatch.setattr(linear_operators, "_PART_BYTES", 1 << 20)
     hidden, weight = torch.randn(700, 16).to(dtype).requires_grad_(), torch.randn(2000, 16).to(dtype).requires_grad_()
     target = torch.randint(2000, (700,))
     found = linear_cross_entropy(hidden, weight, target, reduction=reduction).mean()
@@ -323,3 +325,22 @@ def test_modules():
     for chosen in ({"reduction": "avg"}, {"label_smoothing": 2}, {"softcap": -1.0}):
         with pytest.raises(ValueError, match=next(iter(chosen))):
             CrossEntropyLoss(**chosen)
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_small_logits_stay_whole(variant, monkeypatch):
+    call = {"input": torch.randn(2, 6, 8), "linear_weight": torch.randn(9, 8), "linear_bias": torch.randn(9)}
+    leaves = [tensor.requires_grad_() for tensor in call.values()]
+    call |= {"target": torch.randint(9, (2, 6)), **PARAMETERS[variant]}
+
+    def run():
+        found = linear_cross_entropy(**call)
+        found = found if isinstance(found, tuple) else (found,)
+        upstream = [torch.full_like(y, 1.5) for y in found]
+        return *found, *torch.autograd.grad(found, leaves, upstream)
+
+    whole = run()
+    monkeypatch.setattr(linear_module, "_WHOLE_BYTES", -1)
+    for a, b in zip(whole, run(), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b)

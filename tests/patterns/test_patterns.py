@@ -466,7 +466,7 @@ INVALID_ARGUMENTS = [
     (lambda: Documents(torch.tensor([0, 2**31])), ValueError, "cu_q takes elements up to"),
     (lambda: Documents(CU, torch.tensor([0, 3])), ValueError, "cu_k takes as many elements as cu_q, 3, got 2"),
     (lambda: Documents(CU, torch.tensor([0, 4, 3])), ValueError, "cu_k takes elements that never decrease"),
-    (lambda: Documents(CU, within=None), TypeError, "within takes a Pattern, got None"),
+    (lambda: Documents(CU, within="causal"), TypeError, "within takes a Pattern, got"),
     (lambda: Causal(np.array([0.5])), TypeError, "offset takes .* got a float64 array of shape \\(1,\\)"),
     (lambda: Causal(np.array([1], ">i4")), TypeError, "offset takes an int or an int tensor, got a >i4 array"),
     (lambda: Causal(np.array([2**31])), ValueError, "offset takes values from .* got 2147483648"),

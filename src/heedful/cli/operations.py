@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+
+from heedful.measure.files import check_block, replace_block
 
 from .console import output, steps
 
@@ -22,19 +25,24 @@ def ops(
     measure: Annotated[bool, typer.Option("--measure", help="Time every case on this machine.")] = False,
     only: Annotated[str, typer.Option(help="Operations whose name contains this.")] = "",
     dtype: Annotated[str, typer.Option(help="What is measured in.")] = "float32",
-    seconds: Annotated[float, typer.Option(help="Time for each measured row.", min=0.01)] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Time for each measured row.", min=0.01)] = 0.2,
+    update: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure, and replace the results in a page of the documentation."),
+    ] = None,
 ) -> None:
     """List the fused operations of heedful.ops: what they compute, their gradients, modules and backends.
 
     With --measure each case is timed against PyTorch, eager and compiled, forward and with its backward, after a check
-    of its numbers; ratios are PyTorch's time divided by heedful's.
+    of its numbers; ratios are PyTorch's time divided by heedful's. All cases take 3 minutes, and twice that the first
+    time, when torch.compile's cache is empty.
     """
     if sum((as_json, markdown, semantics is not None)) > 1:
         raise typer.BadParameter(
             "take no other of --json, --markdown and --semantics", param_hint="--json, --markdown, --semantics"
         )
     from heedful.ops import catalogue
-    from heedful.report.operations import as_data, page
+    from heedful.report.operations import as_data, measured_block, page
 
     chosen = {name: operation for name, operation in catalogue().items() if only in name}
     if not chosen:
@@ -42,8 +50,15 @@ def ops(
     known = {str(kind).removeprefix("torch."): kind for operation in chosen.values() for kind in operation.dtypes}
     if dtype not in known:
         raise typer.BadParameter(f"takes {', '.join(known)}, got {dtype!r}", param_hint="--dtype")
-    rows = _measured(chosen, known[dtype], seconds) if measure else None
+    if update is not None:
+        try:
+            check_block(update, "operations")
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--update") from error
+    rows = _measured(chosen, known[dtype], seconds) if measure or update is not None else None
     data = as_data(chosen.values(), rows)
+    if update is not None:
+        replace_block(update, "operations", measured_block(data, _command(only, dtype, seconds, update)))
     if as_json:
         typer.echo(json.dumps(data, indent=2))
     elif markdown:
@@ -73,16 +88,25 @@ def _measured(chosen: dict[str, Any], dtype: Any, seconds: float) -> list[dict[s
     with steps(len(wanted)) as progress:
         for operation, case, backward in wanted:
             progress.begin(f"{operation.name} {case.name}{', with its backward' if backward else ''}")
-            rows.append(measure_case(operation, case, Setting(dtype, backward, torch.get_num_threads(), seconds)))
+            setting = Setting(dtype, backward, torch.get_num_threads(), seconds)
+            rows.append(measure_case(operation, case, setting, checked=backward))
             progress.advance()
     return rows
 
 
+def _command(only: str, dtype: str, seconds: float, update: Path) -> str:
+    """The command line with the options that the numbers depend on."""
+    words = ["heedful", "ops", *(["--only", only] if only else [])]
+    words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += [] if seconds == 0.2 else ["--seconds", str(seconds)]
+    return shlex.join([*words, "--update", str(update)])
+
+
 def _print(data: dict[str, Any]) -> None:
-    from heedful.report.operations import MEASURED_HEADINGS, measured_cells
+    from heedful.report.operations import MEASURED_HEADINGS, measured_cells, slower_text
 
     console = output()
-    table = Table("operation", "formula", "gradients", "module", "backends")
+    table = Table("operation", "formula", "gradients", "module", "backends", "PyTorch is as fast or faster")
     for operation in data["operations"]:
         table.add_row(
             operation["name"],
@@ -90,6 +114,7 @@ def _print(data: dict[str, Any]) -> None:
             ", ".join(operation["gradients"]),
             operation["module"] or "–",
             ", ".join(operation["backends"]),
+            slower_text(operation) or "–",
         )
     console.print(table)
     if data["measured"] is not None:

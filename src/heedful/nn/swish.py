@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from heedful.errors import wrong_value
 from heedful.ops import parametric_swish
+from heedful.ops._dispatch import needs_gradient
+from heedful.ops._parametric_swish import silu_is_faster
 from heedful.patterns.arguments import integer
 
 
 class ParametricSwish(nn.Module):
-    """x·sigmoid(βx), as `heedful.ops.parametric_swish` computes it.
+    """x·sigmoid(βx), as `heedful.ops.parametric_swish` computes it; where torch.nn.functional.silu is faster, by that.
 
     Args:
         beta: the steepness, or where it is learned its first value.
@@ -56,6 +59,8 @@ class ParametricSwish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As x: any shape, with num_parameters at `dim` where there are several."""
+        if not self.inplace and silu_is_faster(x, self.beta, needs_gradient(x)):
+            return functional.silu(x)
         return parametric_swish(x, self.beta, dim=self.dim, inplace=self.inplace)
 
     def extra_repr(self) -> str:

@@ -43,6 +43,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Slower:
+    """Calls that PyTorch was measured to run as fast as the engine or faster."""
+
+    peer: str
+    """What runs them so."""
+    where: str
+    """Which calls they are, in words."""
+    applies: Callable[[Inputs, bool], bool]
+    """The same of a call's keyword arguments and whether it needs a gradient."""
+    left_by: tuple[str, ...] = ()
+    """What would use the operation of its own accord, and leaves these calls to the peer. Elsewhere the operation is
+    called by name, or gives something that the peer does not."""
+
+
+@dataclass(frozen=True)
 class Operation:
     """What there is to know about an operation; its file has one of these beside it."""
 
@@ -68,6 +83,7 @@ class Operation:
     cases: tuple[Case, ...]
     module: str | None = None
     """Its class in heedful.nn."""
+    slower: tuple[Slower, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     backends: tuple[str, ...] = ("native", "reference")
 
@@ -80,6 +96,9 @@ class Operation:
             plain[name] = list(getattr(self, name))
         plain["dtypes"] = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
         plain["cases"] = [case.name for case in self.cases]
+        plain["slower"] = [
+            {"peer": slower.peer, "where": slower.where, "left_by": list(slower.left_by)} for slower in self.slower
+        ]
         return plain
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from heedful.api import attention
 from heedful.checks import check_scalars, check_shapes, shape_of, what
 from heedful.errors import wrong_type, wrong_value
-from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, tensor_bytes
+from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, Slower, tensor_bytes
 from heedful.ops._dispatch import runs_in_engine
 
 # As the engine's backend declares it.
@@ -110,6 +110,20 @@ def _case(name: str, *shape: int) -> Case:
     return Case(name, inputs, {"SDPA math": _math})
 
 
+_FEW_PAIRS = 4096
+
+
+def _few_pairs(call: Inputs, gradient: bool) -> bool:
+    q: Tensor = call["q"]
+    k: Tensor = call["k"]
+    return q.dtype == torch.float32 and q.shape[:-1].numel() * k.shape[-2] < _FEW_PAIRS
+
+
+def _paired_backward(call: Inputs, gradient: bool) -> bool:
+    k: Tensor = call["k"]
+    return gradient and k.dtype == torch.bfloat16 and 128 <= k.shape[-2] <= 1024
+
+
 OPERATIONS = (
     Operation(
         name="fused_attention",
@@ -145,5 +159,15 @@ OPERATIONS = (
             _case("(1, 8, 2048, 64)", 1, 8, 2048, 64),
         ),
         module="FusedAttention",
+        slower=(
+            Slower(
+                "two matrix products and torch.softmax", f"float32 and fewer than {_FEW_PAIRS} pairs in all", _few_pairs
+            ),
+            Slower(
+                "two matrix products and torch.softmax, as fast, with several copies of the weights",
+                "bfloat16 with gradients of 128 to 1024 keys",
+                _paired_backward,
+            ),
+        ),
     ),
 )

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from heedful.checks import what
 from heedful.errors import wrong_type, wrong_value
-from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, tensor_bytes
+from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, Slower, tensor_bytes
 from heedful.ops._dispatch import (
     applied,
     fake,
@@ -224,6 +224,8 @@ _GATE_FIRST = Argument("gate_first", "bool, default True", "whether the first ha
 _OUTPUTS = (Argument("out", "as gate, or (..., n)", "the result"),)
 _OPERATORS = ("gated", "gated_packed", "gated_backward", "gated_packed_backward")
 
+_SMALL_ELEMENTS = 8192
+
 OPERATIONS = (
     Operation(
         name="swiglu",
@@ -247,6 +249,13 @@ OPERATIONS = (
             _pack("(1024, 2 x 4096) packed", (1024, 8192)),
         ),
         module="SwiGLU",
+        slower=(
+            Slower(
+                "torch.nn.functional.silu and a product, as fast",
+                f"two tensors of fewer than {_SMALL_ELEMENTS} elements",
+                lambda call, _: call.get("up") is not None and call["gate"].numel() < _SMALL_ELEMENTS,
+            ),
+        ),
     ),
     Operation(
         name="geglu",

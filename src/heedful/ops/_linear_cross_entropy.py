@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,23 +11,9 @@ from torch.nn import functional
 from heedful.errors import wrong_value
 from heedful.ops import _cross_entropy
 from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, tensor_bytes
-from heedful.ops._dispatch import (
-    _missing,
-    applied,
-    computed_dtype,
-    fake,
-    is_differentiated_again,
-    needs_gradient,
-    operator,
-    runs_in_engine,
-    through,
-)
-
-# Bytes of logits at a time. A part that stays in the last cache is written and read there, but parts also have to keep
-# the matrix product's sides long.
-_PART_BYTES = 32 << 20
-_FEWEST_CLASSES = 512
-_FEWEST_ROWS = 512
+from heedful.ops._dispatch import applied, computed_dtype, needs_gradient, runs_in_engine
+from heedful.ops._linear_cross_entropy_autograd import PerRow, Reduced, composed
+from heedful.ops._linear_cross_entropy_operators import forward
 
 
 def linear_cross_entropy(
@@ -51,6 +36,7 @@ def linear_cross_entropy(
       products as PyTorch takes, three; the gradients of input and weight exist from the forward on.
     - Otherwise: classes in parts, with a running log-sum-exp, and each part's logits once more in the backward, if any.
       Four products, and less memory: the parts and one float32 (N, D).
+    - Logits of up to 1 MiB are made whole, and go through `cross_entropy`.
 
     Args:
         input: (..., D), floating: what the last layer gets.
@@ -76,9 +62,12 @@ def linear_cross_entropy(
     terms = (ignore_index, float(label_smoothing), 0.0 if softcap is None else float(softcap))
     hidden, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     if not runs_in_engine("linear_cross_entropy", hidden, linear_weight, linear_bias):
-        losses, lse = _composed(hidden, linear_weight, linear_bias, targets, *terms)
+        losses, lse = composed(hidden, linear_weight, linear_bias, targets, *terms)
+    elif _stays_whole(hidden, linear_weight):
+        logits = functional.linear(hidden, linear_weight, linear_bias)
+        return _cross_entropy.of_rows(logits, targets, target.shape, reduction, return_lse, *terms)
     elif not needs_gradient(hidden, linear_weight, linear_bias):
-        losses, lse = _forward(hidden, linear_weight, linear_bias, targets, *terms)
+        losses, lse = forward(hidden, linear_weight, linear_bias, targets, *terms)
     elif reduction == "none" or return_lse:
         losses, lse = _apply(hidden, linear_weight, linear_bias, targets, *terms)
     else:
@@ -134,269 +123,17 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise wrong_value("linear_bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},), the rows of the weight")
 
 
-def _composed(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *terms: Any
-) -> tuple[Tensor, Tensor]:
-    return _cross_entropy.composed(functional.linear(hidden, weight, bias), target, *terms)
+_apply, _apply_reduced = applied(PerRow), applied(Reduced)
+
+# Logits of so many bytes stay in a core's cache: parts would save nothing there.
+_WHOLE_BYTES = 1 << 20
 
 
-# The operators. The loops are opaque to tracing, so that the number of parts is nobody's constant.
-
-
-def _parts(total: int, other: int, itemsize: int, fewest: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of parts of `total`, each of about _PART_BYTES with `other` numbers for each."""
-    size = max(fewest, _PART_BYTES // max(other * itemsize, 1) // 64 * 64)
-    for first in range(0, total, size):
-        yield first, min(first + size, total)
-
-
-def _largest_part(total: int, other: int, itemsize: int, fewest: int) -> int:
-    return max((last - first for first, last in _parts(total, other, itemsize, fewest)), default=0)
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
-    """hidden @ weight.T + bias in the beginning of this memory."""
-    rows, classes = hidden.shape[0], weight.shape[0]
-    out = memory[: rows * classes].view(rows, classes)
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-def _run_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, smoothing: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    rows, classes, dtype = hidden.shape[0], weight.shape[0], computed_dtype(hidden.dtype)
-    losses, lse = hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype)
-    statistics = hidden.new_empty((rows, 4), dtype=torch.float64)
-    size = (classes, rows, hidden.itemsize, _FEWEST_CLASSES)
-    memory = hidden.new_empty(rows * _largest_part(*size))
-    for first, last in _parts(*size):
-        logits = _logits(hidden, weight[first:last], None if bias is None else bias[first:last], memory)
-        _add_part(logits, target, ignore, smoothing, softcap, first, classes, statistics, losses, lse)
-    return losses, lse
-
-
-def _run_backward(
-    grad_losses: Tensor, grad_lse: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor, lse: Tensor, ignore: int, smoothing: float, softcap: float,
-    of_hidden: bool, of_weight: bool, of_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, classes = hidden.shape[0], weight.shape[0]
-    size = (classes, rows, hidden.itemsize, _FEWEST_CLASSES)
-    parts = len(list(_parts(*size))) if rows else 0
-    grads = _Gradients(hidden, weight, (of_hidden, of_weight, of_bias), row_parts=min(rows, 1), class_parts=parts)
-    memory = hidden.new_empty(rows * _largest_part(*size))
-    for first, last in _parts(*size):
-        logits = _logits(hidden, weight[first:last], None if bias is None else bias[first:last], memory)
-        _part_slopes(grad_losses, grad_lse, logits, target, lse, ignore, smoothing, softcap, first, classes)
-        grads.add(logits, slice(0, rows), slice(first, last))
-    return grads.finished()
-
-
-def _run_both(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, grad_losses: Tensor,
-    ignore: int, smoothing: float, softcap: float, of_hidden: bool, of_weight: bool, of_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, classes = hidden.shape[0], weight.shape[0]
-    losses = hidden.new_empty(rows, dtype=computed_dtype(hidden.dtype))
-    size = (rows, classes, hidden.itemsize, _FEWEST_ROWS)
-    parts = len(list(_parts(*size)))
-    grads = _Gradients(hidden, weight, (of_hidden, of_weight, of_bias), row_parts=parts, class_parts=1)
-    memory = hidden.new_empty(classes * _largest_part(*size))
-    for first, last in _parts(*size):
-        targets = target[first:last]
-        logits = _logits(hidden[first:last], weight, bias, memory)
-        losses[first:last], lse = _whole_rows(logits, targets, ignore, smoothing, softcap)
-        _part_slopes(grad_losses[first:last], None, logits, targets, lse, ignore, smoothing, softcap, 0, classes)
-        grads.add(logits, slice(first, last), slice(0, classes))
-    return losses, *grads.finished()
-
-
-class _Gradients:
-    """Gradients of hidden, weight and bias, from parts of the logits' gradient: all rows of some classes, or all
-    classes of some rows. What gets several addends is summed in the type that is computed in."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, asked: tuple[bool, bool, bool], *, row_parts: int, class_parts: int
-    ) -> None:
-        self.hidden, self.weight, self.asked = hidden, weight, asked
-        # Parts are of rows or of classes: it is hidden's gradient that several parts of classes add to.
-        self.sums_hidden, self.sums_weight = class_parts > 1, row_parts > 1
-        self.began = row_parts == 0 or class_parts == 0
-        computed = computed_dtype(hidden.dtype)
-
-        def memory(like: Tensor, asked: bool, sums: bool) -> Tensor:
-            if not asked:
-                return like.new_empty(0)
-            dtype = computed if sums else like.dtype
-            return like.new_zeros(like.shape, dtype=dtype) if self.began else like.new_empty(like.shape, dtype=dtype)
-
-        self.of_hidden = memory(hidden, asked[0], self.sums_hidden)
-        self.of_weight = memory(weight, asked[1], self.sums_weight)
-        self.of_bias = weight.new_zeros(weight.shape[0] if asked[2] else 0, dtype=computed)
-
-    def add(self, slopes: Tensor, rows: slice, classes: slice) -> None:
-        of_hidden, of_weight, of_bias = self.asked
-        if of_hidden:
-            _product(slopes, self.weight[classes], self.of_hidden[rows], adds=self.sums_hidden and self.began)
-        if of_weight:
-            _product(slopes.t(), self.hidden[rows], self.of_weight[classes], adds=self.sums_weight and self.began)
-        if of_bias:
-            self.of_bias[classes] += slopes.sum(0, dtype=self.of_bias.dtype)
-        self.began = True
-
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = self.hidden.dtype
-        return self.of_hidden.to(dtype), self.of_weight.to(dtype), self.of_bias.to(dtype)
-
-
-# Rows of a product that is rounded before it is added to a wider sum.
-_ADDED_ROWS = 2048
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> None:
-    """a @ b to or onto out, whose dtype may be wider."""
-    if out.dtype == a.dtype:
-        if adds:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-        return
-    for first in range(0, a.shape[0], _ADDED_ROWS):
-        some, product = out[first : first + _ADDED_ROWS], torch.mm(a[first : first + _ADDED_ROWS], b)
-        if adds:
-            some += product
-        else:
-            some.copy_(product)
-
-
-_TERMS = "int ignore_index, float smoothing, float softcap"
-_ASKED = "bool of_hidden, bool of_weight, bool of_bias"
-_SCHEMAS: dict[str, Callable[..., Any]] = {
-    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_TERMS}) -> "
-    "(Tensor losses, Tensor lse)": _run_forward,
-    "linear_cross_entropy_backward(Tensor grad_losses, Tensor? grad_lse, Tensor hidden, Tensor weight, Tensor? bias, "
-    f"Tensor target, Tensor lse, {_TERMS}, {_ASKED}) -> (Tensor, Tensor, Tensor)": _run_backward,
-    "linear_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    f"Tensor grad_losses, {_TERMS}, {_ASKED}) -> (Tensor losses, Tensor, Tensor, Tensor)": _run_both,
-}
-
-
-def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    found: Callable[..., Any] = torch.no_grad()(kernel)
-    return found
-
-
-if _missing is None:
-    _library = torch.library.Library("heedful", "FRAGMENT")
-    for _schema, _kernel in _SCHEMAS.items():
-        _library.define(_schema)
-        _library.impl(_schema[: _schema.index("(")], _without_gradients(_kernel), "CPU")
-
-_whole_rows = operator("cross_entropy")
-_add_part = operator("cross_entropy_part_")
-_part_slopes = operator("cross_entropy_part_backward_")
-_forward = operator("linear_cross_entropy")
-_backward = operator("linear_cross_entropy_backward")
-_with_gradients = operator("linear_cross_entropy_with_gradients")
-
-
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool, of_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _stays_whole(hidden: Tensor, weight: Tensor) -> bool:
+    # A traced call may come with other sizes later.
     return (
-        hidden.new_empty(hidden.shape if of_hidden else 0),
-        weight.new_empty(weight.shape if of_weight else 0),
-        hidden.new_empty(weight.shape[0] if of_bias else 0),
+        not torch.compiler.is_compiling() and hidden.shape[0] * weight.shape[0] * weight.element_size() <= _WHOLE_BYTES
     )
-
-
-@fake("linear_cross_entropy")
-def _fake_forward(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    dtype = computed_dtype(hidden.dtype)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
-
-
-@fake("linear_cross_entropy_backward")
-def _fake_backward(
-    grad_losses: Tensor, grad_lse: Tensor | None, hidden: Tensor, weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, *others[-3:])
-
-
-@fake("linear_cross_entropy_with_gradients")
-def _fake_with_gradients(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses = hidden.new_empty(hidden.shape[0], dtype=computed_dtype(hidden.dtype))
-    return losses, *_fake_gradients(hidden, weight, *others[-3:])
-
-
-class _PerRow(torch.autograd.Function):
-    """Losses and log-sum-exps, whose gradients come row by row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *terms: Any
-    ) -> tuple[Tensor, Tensor]:
-        losses, lse = _forward(hidden, weight, bias, target, *terms)
-        ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.terms = terms
-        ctx.set_materialize_grads(False)
-        return losses, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, lse = ctx.saved_tensors
-        if grad_losses is None and grad_lse is None:
-            return (None,) * 7
-        if is_differentiated_again():
-            found = through(
-                lambda h, w, b: _composed(h, w, b, target, *ctx.terms), (hidden, weight, bias), grad_losses, grad_lse
-            )
-            return *found, None, None, None, None
-        if grad_losses is None:
-            grad_losses = lse.new_zeros(1).expand_as(lse)
-        asked = ctx.needs_input_grad[:3]
-        grads = _backward(grad_losses, grad_lse, hidden, weight, bias, target, lse, *ctx.terms, *asked)
-        return *(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)), None, None, None, None
-
-
-class _Reduced(torch.autograd.Function):
-    """The mean or the sum, whose gradients are known but for one factor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mean: bool, *terms: Any
-    ) -> Tensor:
-        ones = torch.ones((), dtype=computed_dtype(hidden.dtype))
-        each = ones / (target != terms[0]).sum() if mean else ones
-        asked = ctx.needs_input_grad[:3]
-        losses, *grads = _with_gradients(hidden, weight, bias, target, each.expand(target.shape), *terms, *asked)
-        ctx.save_for_backward(hidden, weight, bias, target, *grads)
-        ctx.mean, ctx.terms = mean, terms
-        loss: Tensor = losses.sum() * each
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, *grads = ctx.saved_tensors
-        if is_differentiated_again():
-            kind = "mean" if ctx.mean else "sum"
-
-            def composition(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-                losses, _ = _composed(h, w, b, target, *ctx.terms)
-                return _cross_entropy.reduced(losses, target, ctx.terms[0], kind)
-
-            return *through(composition, (hidden, weight, bias), grad_loss), None, None, None, None, None
-        if torch.compiler.is_compiling() or float(grad_loss) != 1:
-            grads = [(grad * grad_loss).to(grad.dtype) for grad in grads]
-        asked = ctx.needs_input_grad[:3]
-        found = (grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
-        return *found, None, None, None, None, None
-
-
-_apply = applied(_PerRow)
-_apply_reduced = applied(_Reduced)
 
 
 def _cost(inputs: Inputs, backward: bool) -> Cost:
@@ -461,7 +198,6 @@ OPERATIONS = (
             _case("(256, 64) x 1000", 256, 64, 1000),
             _case("(1024, 256) x 32000", 1024, 256, 32000),
             _case("(1024, 256) x 32000 smoothed", 1024, 256, 32000, label_smoothing=0.1),
-            _case("(2048, 512) x 32000", 2048, 512, 32000),
         ),
         module="LinearCrossEntropyLoss",
     ),

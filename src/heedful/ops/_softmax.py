@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.checks import what
 from heedful.errors import wrong_type, wrong_value
-from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, tensor_bytes
+from heedful.ops._catalogue import Argument, Case, Cost, Inputs, Operation, Slower, tensor_bytes
 from heedful.ops._dispatch import (
     applied,
     computed_dtype,
@@ -30,9 +30,6 @@ def softmax(x: Tensor, scale: float = 1.0, mask: Tensor | None = None, softcap: 
     -inf, because nothing is left of it, gives zeros, and no gradient. Sums are in float32 (float64 for float64 x). The
     gradients, with p the result and g what arrives, are d = p·(g - Σ p·g) for s, and so for a mask that was added, and
     d·scale·(1 - tanh²(scale·x / softcap)) for x.
-
-    Without scale, mask and cap, and with a gradient of few numbers, torch.softmax is faster: its autograd is not in
-    Python. `benchmarks/ops.py --only softmax` measures both.
 
     Args:
         x: (..., C), any strides, floating.
@@ -198,6 +195,14 @@ def _capped(x: Tensor, scale: float, mask: Tensor, softcap: float) -> Tensor:
     return torch.softmax((softcap * torch.tanh(x * scale / softcap)).masked_fill(~mask, -torch.inf), -1)
 
 
+_SMALL_ELEMENTS = 131072
+
+
+def _torch_is_faster(call: Inputs, gradient: bool) -> bool:
+    bare = call.get("scale", 1.0) == 1.0 and call.get("mask") is None and call.get("softcap") is None
+    return gradient and bare and call["x"].numel() < _SMALL_ELEMENTS
+
+
 OPERATIONS = (
     Operation(
         name="softmax",
@@ -237,5 +242,12 @@ OPERATIONS = (
             ),
         ),
         module="Softmax",
+        slower=(
+            Slower(
+                "torch.softmax, which gives NaN where nothing of a row is left",
+                f"a gradient of fewer than {_SMALL_ELEMENTS} elements, and no scale, mask or cap",
+                _torch_is_faster,
+            ),
+        ),
     ),
 )

@@ -118,8 +118,14 @@ class Pattern(ABC):
         the same again and again, and making views and looking at ends costs 1 to 7 microseconds. Operands that are
         copies are not kept: they would not follow what is written into the tensors."""
         try:
-            tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in self._within]
-            call = batch, heads, q_length, k_length, device, tensors
+            within = self._within
+            if len(within) == 1:
+                # Most have one, for which a list's own frame would be a fifth of this.
+                (tensor,) = within
+                call: Any = batch, heads, q_length, k_length, device, tensor._version, tensor.data_ptr(), tensor.shape
+            else:
+                tensors = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in within]
+                call = batch, heads, q_length, k_length, device, tensors
         except (AttributeError, RuntimeError):
             # numpy's arrays and the tensors of inference mode count no versions.
             call = None

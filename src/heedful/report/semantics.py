@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -157,6 +157,9 @@ def _facts(operation: dict[str, Any], measured: dict[str, Any] | None) -> Iterat
     for name in ("gradient", "dtype", "backend", "operator"):
         for value in operation[f"{name}s"]:
             yield f"component({entity}, {name}, {_atom(value)})."
+    for slower in operation["slower"]:
+        about = f"{_string(slower['where'])}, {_string(slower['peer'])}, {_list(slower['left_by'])}"
+        yield f"component({entity}, slower, slower({about}))."
     for case in operation["cases"]:
         yield f"component({entity}, benchmark, {_string(case)})."
     for row in measured["rows"] if measured else ():
@@ -166,7 +169,7 @@ def _facts(operation: dict[str, Any], measured: dict[str, Any] | None) -> Iterat
             yield f"component({entity}, measured, measured({about}, [{ratios}]))."
 
 
-def _list(texts: tuple[str, ...]) -> str:
+def _list(texts: Sequence[str]) -> str:
     return f"[{', '.join(map(_atom, texts))}]"
 
 

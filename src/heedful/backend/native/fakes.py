@@ -130,6 +130,10 @@ def _mask_tiles(mask: Tensor, q_length: int, k_length: int, tile: int) -> tuple[
     return mask.new_empty(3, dtype=torch.int64), full, partial, pairs
 
 
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[:-1], dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _forward,
     "attention_backward": _backward,
@@ -137,6 +141,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "attention_weights_sparse": _weights_sparse,
     "mask_band": _mask_band,
     "mask_tiles": _mask_tiles,
+    "row_products": _row_products,
 }
 
 
