@@ -60,6 +60,13 @@ Tensor empty_4d(int64_t batch, int64_t heads, int64_t length, int64_t dim, bool 
     return Tensor::empty({batch, heads, length, dim}, {h * l * d, l * d, d, 1}, dtype, view);
 }
 
+int64_t only_element(const Tensor &tensor, const char *name) {
+    const heedful_tensor seen = view(tensor, name);
+    if (seen.dtype != HEEDFUL_INT64 || seen.size[0] != 1)
+        fail(std::string(name) + " takes an int64 tensor of one element");
+    return *static_cast<const int64_t *>(seen.data);
+}
+
 void check_status(heedful_status status) {
     if (status != HEEDFUL_OK) fail(std::string("heedful: ") + heedful_error_message());
 }

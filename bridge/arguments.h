@@ -47,6 +47,9 @@ Tensor empty_per_row(const heedful_tensor &query, heedful_dtype dtype, heedful_t
 Tensor empty_4d(int64_t batch, int64_t heads, int64_t length, int64_t dim, bool blhd, heedful_dtype dtype,
                 heedful_tensor &view);
 
+/* Of an int64 CPU tensor of one element; fails by name on any other. */
+int64_t only_element(const Tensor &tensor, const char *name);
+
 /* Raises the engine's message in Python unless the status is good. */
 void check_status(heedful_status status);
 

@@ -284,13 +284,6 @@ void take_away() {
     hook = nullptr;
 }
 
-int64_t only_element(const Tensor &tensor, const char *name) {
-    const heedful_tensor seen = view(tensor, name);
-    if (seen.dtype != HEEDFUL_INT64 || seen.size[0] != 1)
-        fail(std::string(name) + " takes an int64 tensor of one element");
-    return *static_cast<const int64_t *>(seen.data);
-}
-
 } // namespace
 
 void sdpa_hook(StableIValue *stack, uint64_t, uint64_t) {

@@ -33,12 +33,6 @@ heedful_dtype engine_dtype(AtenTensorHandle tensor, const char *name) {
     fail(std::string(name) + " must be float32, bfloat16, float16, float64, int32, int64 or bool");
 }
 
-int32_t torch_dtype(heedful_dtype dtype) {
-    for (const DtypePair &pair : dtypes)
-        if (pair.engine == dtype) return pair.torch;
-    fail("heedful: no torch dtype for the engine's dtype " + std::to_string(dtype));
-}
-
 /* From here on malloc maps fresh memory for every block, whose pages are faulted in while they are written: 4 KiB at a
  * time that takes longer than most operations. What it keeps for itself has its pages, and is left alone. */
 constexpr uintptr_t FRESH_BYTES = uintptr_t(32) << 20, HUGE_PAGE = uintptr_t(2) << 20;
@@ -55,6 +49,12 @@ void ask_for_huge_pages(const void *data, uintptr_t bytes) {
 void fail(const std::string &message) {
     aoti_torch_check(false, "heedful", __FILE__, __LINE__, message.c_str());
     __builtin_unreachable();
+}
+
+int32_t torch_dtype(heedful_dtype dtype) {
+    for (const DtypePair &pair : dtypes)
+        if (pair.engine == dtype) return pair.torch;
+    fail("heedful: no torch dtype for the engine's dtype " + std::to_string(dtype));
 }
 
 Tensor Tensor::optional(StableIValue value) {

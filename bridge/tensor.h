@@ -22,6 +22,10 @@ class Tensor {
     Tensor(Tensor &&other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
     Tensor(const Tensor &) = delete;
     Tensor &operator=(const Tensor &) = delete;
+    Tensor &operator=(Tensor &&other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
     ~Tensor() {
         if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
     }
@@ -68,6 +72,9 @@ class List {
   private:
     StableListHandle handle_;
 };
+
+/* torch's code of a dtype; fails where there is none. */
+int32_t torch_dtype(heedful_dtype dtype);
 
 /* The dtype of a CPU tensor; fails by name where the engine has none such, and on a tensor elsewhere. */
 heedful_dtype dtype_on_cpu(const Tensor &tensor, const char *name);

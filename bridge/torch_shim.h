@@ -38,6 +38,7 @@ AOTITorchError torch_call_dispatcher(const char *name, const char *overload, Sta
                                      uint64_t build_version);
 
 int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
@@ -50,6 +51,7 @@ AOTITorchError aoti_torch_is_defined(AtenTensorHandle tensor, bool *result);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t *result);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t *result);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t *result);
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t *result);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t **borrowed);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t **borrowed);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void **borrowed);
@@ -59,6 +61,8 @@ AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t *sizes, cons
 AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle *result);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 
+AOTITorchError torch_new_list_reserve_size(size_t size, StableListHandle *result);
+AOTITorchError torch_list_push_back(StableListHandle list, StableIValue element);
 AOTITorchError torch_list_size(StableListHandle list, size_t *result);
 AOTITorchError torch_list_get_item(StableListHandle list, size_t index, StableIValue *element);
 AOTITorchError torch_delete_list(StableListHandle list);

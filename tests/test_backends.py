@@ -324,4 +324,6 @@ def test_few_pairs_that_never_change_reach_sdpa_as_a_kept_mask(name, dtype) -> N
         got = attention(q, k, v, pattern=pattern, backend="sdpa")
         expected(q, k, v, pattern=pattern).out.check(got)
     differentiable = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, pattern=pattern, backend="sdpa"), differentiable)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention(*qkv, pattern=pattern, backend="sdpa"), differentiable, fast_mode=q_length > 16
+    )

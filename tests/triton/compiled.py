@@ -75,16 +75,15 @@ def main() -> None:
     triton.runtime.driver.set_active(Offline(arch))
     case = ""
 
-    def compile_only(
-        function, grid, arguments, constants, warps, stages, device, compiled, kind, dependent=False
-    ) -> None:
-        found = function.warmup(
-            *arguments, *constants, grid=grid, num_warps=warps, num_stages=stages, launch_pdl=dependent
-        )
+    def compile_only(device, one) -> None:
+        found = one.function.warmup(
+            *one.arguments, *one.constants, grid=one.grid, num_warps=one.warps, num_stages=one.stages,
+            launch_pdl=one.dependent,
+        )  # fmt: skip
         registers, stack = usage(found.asm["cubin"])
         print(json.dumps({
-            "case": case, "kernel": function.__name__, "registers": registers, "stack": stack,
-            "shared": found.metadata.shared, "warps": warps, "stages": stages,
+            "case": case, "kernel": one.function.__name__, "registers": registers, "stack": stack,
+            "shared": found.metadata.shared, "warps": one.warps, "stages": one.stages,
         }), flush=True)  # fmt: skip
 
     kernels.launch = compile_only

@@ -17,7 +17,14 @@ from comparison import check
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
-ANYWHERE = ("test_interpreter.py", "test_compiled.py", "test_choice.py", "test_plan.py")
+ANYWHERE = (
+    "test_interpreter.py",
+    "test_compiled.py",
+    "test_choice.py",
+    "test_plan.py",
+    "test_kept.py",
+    "test_tuned.py",
+)
 
 
 if INTERPRETED:

@@ -14,7 +14,9 @@ import torch
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available(), reason="the others run in this process"
 )
-@pytest.mark.parametrize("files", [("test_gradients.py",), ("test_forward.py", "test_features.py")], ids=" ".join)
+@pytest.mark.parametrize(
+    "files", [("test_gradients.py",), ("test_caches.py",), ("test_forward.py", "test_features.py")], ids=" ".join
+)
 def test_in_the_interpreter(files) -> None:
     here = Path(__file__)
     found = subprocess.run(

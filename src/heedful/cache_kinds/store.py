@@ -90,6 +90,9 @@ def on_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) 
     """Numbers of Python's as a tensor, without waiting for the device that it is on."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
+    if numbers and isinstance(numbers[0], int) and all(number == numbers[0] for number in numbers):
+        # One launch, and no memory that both see.
+        return torch.full((len(numbers),), numbers[0], dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 

@@ -1,10 +1,11 @@
-"""`heedful bench`: the table of workloads, and what looks further: sweep, decode, training, density."""
+"""`heedful bench`: the table of workloads, and what looks further: sweep, decode, training, density, gpu."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ def bench(
     decode: Annotated[bool, typer.Option("--decode", help="Few queries against long caches.")] = False,
     training: Annotated[bool, typer.Option("--training", help="Train a small language model with both.")] = False,
     density: Annotated[bool, typer.Option("--density", help="Time against density, by pattern.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Calls on a CUDA device beside their peers.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The main rows only, with fewer rounds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every combination of --decode, which takes an hour.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -43,7 +45,12 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; of the table, of rows that use one.")] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Rows of the table, --decode or --density that contain this.")
+        str | None,
+        typer.Option(metavar="TEXT", help="Rows of the table, --decode, --density or --gpu that contain this."),
+    ] = None,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Show what earlier runs of --gpu saved, the first's rows where several have one."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="What --sweep draws its cases from.")] = 0,
     training_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of --training.")] = None,
@@ -53,7 +60,11 @@ def bench(
 
     Ctrl-C ends it early with what was measured until then. Exits with 1 if a check failed or --sweep found a loss.
     """
-    chosen = [n for n, on in (("sweep", sweep), ("decode", decode), ("training", training), ("density", density)) if on]
+    chosen = [
+        n
+        for n, on in (("sweep", sweep), ("decode", decode), ("training", training), ("density", density), ("gpu", gpu))
+        if on
+    ]
     if len(chosen) > 1:
         raise typer.BadParameter("take one at a time", param_hint=" and ".join(f"--{name}" for name in chosen))
     mode = chosen[0] if chosen else "bench"
@@ -65,7 +76,9 @@ def bench(
             "--full": (full, {"decode"}),
             "--steps": (training_steps is not None, {"training"}),
             "--dtype": (dtype != "float32", {"density"}),
-            "--only": (only is not None, {"bench", "decode", "density"}),
+            "--only": (only is not None, {"bench", "decode", "density", "gpu"}),
+            "--threads": (threads is not None, {"bench", "sweep", "decode", "training", "density"}),
+            "--from": (bool(stored), {"gpu"}),
         },
     )
     if as_json and as_markdown:
@@ -74,9 +87,9 @@ def bench(
     options = modes.Options(
         _command(
             mode, count=count, quick=quick, full=full, threads=threads, only=only, seed=seed, steps=training_steps,
-            dtype=dtype, update=update,
+            dtype=dtype, update=update, stored=stored or (),
         ),
-        quick, threads, count, seed, full, training_steps, only, dtype,
+        quick, threads, count, seed, full, training_steps, only, dtype, tuple(stored or ()),
     )  # fmt: skip
     # What a call runs on stands in every table; the log's hints would tear the progress bar.
     logging.getLogger("heedful").setLevel(logging.ERROR)
@@ -93,7 +106,10 @@ def bench(
     else:
         try:
             result, document = modes.run(mode, options)
-        except ValueError as error:
+        except modes.Unavailable as why:
+            typer.echo(f"heedful bench --{mode}: {why}", err=True)
+            raise typer.Exit(1) from None
+        except (OSError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
     _write(mode, result, document, save=save, plot=plot, html=html, update=update)
     if as_json:
@@ -140,6 +156,7 @@ def _command(
     steps: int | None,
     dtype: str,
     update: Path | None,
+    stored: Sequence[Path],
 ) -> str:
     """The command line with the options that the numbers depend on, and --update where the table goes to a file."""
     words = ["heedful", "bench", *([] if mode == "bench" else [f"--{mode}"])]
@@ -148,6 +165,7 @@ def _command(
     for name, value in (("--threads", threads), ("--only", only), ("--seed", seed or None), ("--steps", steps)):
         words += [] if value is None else [name, str(value)]
     words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += [word for path in stored for word in ("--from", path.name)]
     return shlex.join([*words, *([] if update is None else ["--update", update.name])])
 
 

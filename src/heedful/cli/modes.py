@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from heedful.report.document import Document
@@ -11,6 +13,10 @@ from heedful.report.document import Document
 from .console import steps
 
 SWEEP_CASES, QUICK_CASES, QUICK_STEPS, QUICK_SECONDS = 200, 30, 20, 0.15
+
+
+class Unavailable(Exception):
+    """Why a mode can measure nothing here."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Options:
     steps: int | None
     only: str | None
     dtype: str
+    stored: tuple[Path, ...] = ()
 
 
 def run(mode: str, options: Options) -> tuple[dict[str, Any], Document]:
@@ -33,12 +40,14 @@ def run(mode: str, options: Options) -> tuple[dict[str, Any], Document]:
 
     Raises:
         ValueError: an option's value is not possible here.
+        Unavailable: there is nothing here to measure.
     """
     modes: dict[str, Callable[[Options], tuple[dict[str, Any], Document]]] = {
         "sweep": _sweep,
         "decode": _decode,
         "training": _training,
         "density": _density,
+        "gpu": _gpu,
     }
     return modes[mode](options)
 
@@ -95,6 +104,25 @@ def _density(options: Options) -> tuple[dict[str, Any], Document]:
             progress=progress,
             seconds=seconds,
         )
+    return result, document(result)
+
+
+def _gpu(options: Options) -> tuple[dict[str, Any], Document]:
+    from heedful.measure import gpu
+    from heedful.measure.gpu_cases import cases
+    from heedful.report.gpu import document
+
+    if options.stored:
+        result = gpu.joined([json.loads(path.read_text()) for path in options.stored])
+        return result, document(result)
+    why = gpu.why_not()
+    if why is not None:
+        raise Unavailable(why)
+    front = options.only is None or options.only in gpu.FRONT_DOOR
+    every = cases(quick=options.quick)
+    chosen = [] if options.only in (gpu.FRONT_DOOR,) else _named(every, options.only)
+    with steps(len(chosen) + front + 2) as progress:
+        result = gpu.measure_gpu(chosen, command=options.command, progress=progress, front_door=front)
     return result, document(result)
 
 

@@ -91,12 +91,12 @@ def check_forward(
     group = heads // key.shape[1]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     picked = selection or select(batch, heads, q_length)
-    rows = torch.tensor(picked.rows)
-    dense = None if pattern is None else pattern.dense(q_length, key.shape[2])
+    rows = torch.tensor(picked.rows, device=query.device)
+    dense = None if pattern is None else _visible(pattern, rows, q_length, key.shape[2])
     worst, square, sdpa_square = 0.0, 0.0, 0.0
     for b, h in picked.heads:
         q64, k64, v64 = query[b, h, rows].double(), key[b, h // group].double(), value[b, h // group].double()
-        visible = None if dense is None else dense[min(b, len(dense) - 1), min(h, dense.shape[1] - 1)][rows]
+        visible = None if dense is None else dense[min(b, len(dense) - 1), min(h, dense.shape[1] - 1)]
         added = _bias_rows(bias, b, h, rows)
         reference, bound = _forward_reference(q64, k64, v64, visible, scale, query.dtype, added)
         error = (out[b, h, rows].double() - reference).abs()
@@ -134,7 +134,7 @@ def check_backward(
     b, g = kv_head
     group = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    dense = None if pattern is None else pattern.dense(query.shape[2], key.shape[2])
+    dense = None if pattern is None else pattern.dense(query.shape[2], key.shape[2], query.device)
     k64, v64 = key[b, g].double(), value[b, g].double()
     dk, dv = torch.zeros_like(k64), torch.zeros_like(v64)
     dk_spread, dv_spread = torch.zeros_like(k64), torch.zeros_like(v64)
@@ -171,6 +171,17 @@ def check_backward(
     ):
         worst[label] = _worst(0.0, (got.double() - reference).abs(), _bound(reference, spread, query.dtype))
     return [Check(f"{name} {label}: error ÷ bound", value, 1.0, GRADIENT_RULE) for label, value in worst.items()]
+
+
+def _visible(pattern: Pattern, rows: Tensor, q_length: int, k_length: int) -> Tensor:
+    """(B or 1, H or 1, rows, Lk): the pairs of some rows."""
+    import torch
+
+    if not pattern.by_position:
+        return pattern.dense(q_length, k_length, rows.device)[:, :, rows]
+    keys = torch.arange(k_length, device=rows.device).view(1, 1, 1, -1)
+    pairs = pattern.pairs(rows.view(1, 1, -1, 1), keys, q_length, k_length)
+    return pairs.expand(*pairs.shape[:2], len(rows), k_length)
 
 
 def _name(dtype: object) -> str:

@@ -18,6 +18,9 @@ SAMPLE_SECONDS = 2e-3
 # A call that takes longer is warm after one, and its second costs more than it tells.
 WARM_SECONDS = 0.3
 
+# Seconds per call of so many calls.
+Sample = Callable[[Callable[[], object], int], float]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -82,37 +85,46 @@ def interleave(
 
 
 def take_turns(
-    sides: Sequence[Callable[[], object]], *, seconds: float, min_rounds: int = 3, max_rounds: int = 200
+    sides: Sequence[Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int = 3,
+    max_rounds: int = 200,
+    sample: Sample | None = None,
+    sample_seconds: float = SAMPLE_SECONDS,
 ) -> list[list[float]]:
     """Seconds per call of each side, one sample a round, for about `seconds` after a warm-up of each.
 
-    The side that goes first changes every round. The i-th samples of all sides were taken in the same round.
+    The side that goes first changes every round. The i-th samples of all sides were taken in the same round. `sample`
+    is by whose clock, the host's if None; so much of each is in one sample.
     """
-    repeats = [_repeats(side) for side in sides]
+    sample = sample or sample_on_host
+    repeats = [_repeats(side, sample, sample_seconds) for side in sides]
     samples: list[list[float]] = [[] for _ in sides]
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() < deadline):
         for turn in range(len(sides)):
             index = (rounds + turn) % len(sides)
-            samples[index].append(_sample(sides[index], repeats[index]))
+            samples[index].append(sample(sides[index], repeats[index]))
         rounds += 1
     return samples
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], object], sample: Sample, sample_seconds: float) -> int:
     """Warm a call up and say how many of it fill one sample."""
-    once = _sample(call, 1)
+    once = sample(call, 1)
     if once > WARM_SECONDS:
         return 1
-    once = min(once, _sample(call, 1))
-    if once > SAMPLE_SECONDS:
+    once = min(once, sample(call, 1))
+    if once > sample_seconds:
         return 1
-    once = min(once, _sample(call, 10))
-    return max(1, round(SAMPLE_SECONDS / max(once, 1e-9)))
+    once = min(once, sample(call, 10))
+    return max(1, round(sample_seconds / max(once, 1e-9)))
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def sample_on_host(call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call of so many calls."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

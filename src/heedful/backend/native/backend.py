@@ -55,7 +55,7 @@ class NativeBackend(Backend):
         return reasons
 
     def run(self, call: Call) -> Attention:
-        problem, settings = call.problem, _settings(call, self.operators)
+        problem, settings = call.problem, settings_of(call, self.operators)
         operands = call.pattern.operands(problem.q_length, problem.k_length, call.query.device)
         tensors = call.query, call.key, call.value, operands, call.bias, call.alibi_slopes, call.sinks
         if "gradient" in problem.features:
@@ -67,7 +67,7 @@ class NativeBackend(Backend):
     def shortcut(self, call: Call) -> Shortcut | None:
         if call.pages is not None or call.query_offset is not None:
             return None
-        problem, settings = call.problem, _settings(call, self.operators)
+        problem, settings = call.problem, settings_of(call, self.operators)
         whole = len(settings.parts) == 1
         if whole and not problem.features - {"lse"}:
             return _plain_shortcut(settings)
@@ -102,7 +102,7 @@ class NativeBackend(Backend):
 PARTED_PAIRS = 1 << 20
 
 
-def _settings(call: Call, operators: str) -> Settings:
+def settings_of(call: Call, operators: str) -> Settings:
     problem, features = call.problem, call.problem.features
     code = problem.schedule.encode()
     parts: tuple[tuple[int, ...], ...] = (code,)
@@ -133,7 +133,7 @@ def _attend(
     pages: Tensor | None = None,
     query_offset: Tensor | None = None,
 ) -> Attention:
-    slopes, seed = _slopes(alibi_slopes), _seed(settings, query)
+    slopes, seed = slopes_of(alibi_slopes), _seed(settings, query)
     out, lse = attend(settings, query, key, value, operands, bias, slopes, sinks, seed, pages, query_offset)
     weights: tuple[Tensor, ...] = ()
     if settings.weights is not None:
@@ -154,14 +154,23 @@ def _attend_differentiably(
     query_offset: Tensor | None = None,
 ) -> Attention:
     found = apply(
-        query, key, value, bias, _slopes(alibi_slopes), sinks, _seed(settings, query), query_offset, settings, *operands
+        query,
+        key,
+        value,
+        bias,
+        slopes_of(alibi_slopes),
+        sinks,
+        _seed(settings, query),
+        query_offset,
+        settings,
+        *operands,
     )
     if isinstance(found, Tensor):
         return Attention(found, None, None)
     return _result(settings, key, *found)
 
 
-def _slopes(alibi_slopes: Tensor | None) -> Tensor | None:
+def slopes_of(alibi_slopes: Tensor | None) -> Tensor | None:
     """(B or 1, H) or (B or 1, H, Lq), as the operators take them."""
     if alibi_slopes is None:
         return None
@@ -209,7 +218,7 @@ def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor | Attention:
-        out, lse = forward(q, k, v, operands, code, scale, blhd, bias, _slopes(alibi_slopes), sinks, softcap)
+        out, lse = forward(q, k, v, operands, code, scale, blhd, bias, slopes_of(alibi_slopes), sinks, softcap)
         return Attention(out, lse, None) if with_lse else out
 
     def run_biased(

@@ -6,14 +6,17 @@ import importlib.util
 import os
 
 import torch
-from torch import Tensor
 
 from heedful.backend.base import Shortcut
-from heedful.backend.native.backend import NativeBackend
+from heedful.backend.native.backend import NativeBackend, settings_of, slopes_of
 from heedful.backend.triton.plan import FAR
+from heedful.dropout import draw_seed
 from heedful.problem import Attention, Call, Problem
 
 _LARGEST_HEAD_DIM_WITH_GRADIENT = 256
+
+_count_modes = torch._C._len_torch_dispatch_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def interpreted() -> bool:
@@ -62,22 +65,37 @@ class TritonBackend(NativeBackend):
     def notes(self, problem: Problem) -> list[str]:
         return ["Triton's interpreter runs the kernels, for checking, not speed"] if interpreted() else []
 
+    def run(self, call: Call) -> Attention:
+        features = call.problem.features
+        seen_by_torch = torch.compiler.is_compiling() or _count_modes() or _are_transforms_active()
+        if seen_by_torch or features & {"gradient", "weights", "sparse_weights"}:
+            return super().run(call)
+        settings = settings_of(call, self.operators)
+        if len(settings.parts) > 1:
+            return super().run(call)
+        # Past torch's dispatcher, which takes 10 µs to come back to Python.
+        from heedful.backend.triton.launch import forward
+
+        problem = call.problem
+        out, lse = forward(
+            call.query, call.key, call.value,
+            call.pattern.operands(problem.q_length, problem.k_length, call.query.device), settings.schedule, call.scale,
+            call.blhd, call.bias, slopes_of(call.alibi_slopes), call.sinks, settings.softcap, call.dropout_p,
+            draw_seed(call.query.device) if call.dropout_p else None, call.pages, call.query_offset,
+        )  # fmt: skip
+        return Attention(out, lse if "lse" in features else None, None)
+
     def shortcut(self, call: Call) -> Shortcut | None:
         if call.pages is not None or call.query_offset is not None:
             return None
-        if call.problem.features - {"lse"}:
-            return super().shortcut(call)
-        from heedful.backend.triton.launch import forward
+        by_operator = super().shortcut(call)
+        if len(settings_of(call, self.operators).parts) > 1 or by_operator is None:
+            return by_operator
+        from heedful.backend.triton import shortcuts
 
-        code, scale, blhd, with_lse = (
-            call.problem.schedule.encode(),
-            call.scale,
-            call.blhd,
-            "lse" in call.problem.features,
-        )
-
-        def run(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor | Attention:
-            out, lse = forward(q, k, v, operands, code, scale, blhd)
-            return Attention(out, lse, None) if with_lse else out
-
-        return run
+        features = call.problem.features
+        if features == {"gradient"}:
+            return shortcuts.with_gradient(call)
+        if features <= {"bias", "alibi", "softcap", "sinks", "dropout", "lse"}:
+            return shortcuts.without_gradient(call, by_operator)
+        return by_operator

@@ -12,7 +12,9 @@ from torch import Tensor
 from heedful.backend.triton.launch import (
     INT32,
     LOG2E,
-    broadcast_strides,
+    Features,
+    Launch,
+    Work,
     cdiv,
     dependent_launches,
     device_limits,
@@ -22,7 +24,7 @@ from heedful.backend.triton.launch import (
     in_units,
     kernels,
     operand_numbers,
-    threshold,
+    takes_tf32,
 )
 from heedful.backend.triton.plan import Plan, attends_to_all, plan
 from heedful.backend.triton.tuning import Tiles, backward_tiles, split_dim
@@ -107,7 +109,7 @@ def _backward(
     )
 
 
-def backward(
+def backward_work(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -127,9 +129,9 @@ def backward(
     bias_gradient: bool,
     slopes_gradient: bool,
     query_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, delta (B, H, Lq), that of the bias with its keys spelled out, and that of
-    the slopes (B, H, Lq); the last two of shape (0,) where they are not asked for."""
+) -> Work:
+    """What computes the gradients of query, key and value, delta (B, H, Lq), that of the bias with its keys spelled
+    out, and that of the slopes (B, H, Lq); the last two of shape (0,) where they are not asked for."""
     batch, heads, q_length, head_dim = query.shape
     kv_heads, k_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     query, key, value, grad_out, out = map(in_rows, (query, key, value, grad_out, out))
@@ -140,11 +142,8 @@ def backward(
     arch, _ = device_limits(index)
     code = tuple(schedule)
     numbers, _, usual = operand_numbers(operands)
-    featured = bool(softcap) or bias is not None or alibi_slopes is not None
-    has = (
-        bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None,
-        grad_weights is not None,
-    )  # fmt: skip
+    features = Features(bias, alibi_slopes, softcap, dropout_p, seed, query_offset)
+    has = *features.present, grad_weights is not None
     tensors = query, key, value, grad_out, grad_query, grad_key, grad_value
     strides = [tensor.stride() for tensor in tensors]
     bits = 0
@@ -155,7 +154,6 @@ def backward(
     for tensor in (query, key, value, grad_out, out):
         pointers |= tensor.data_ptr()
     usual = usual and not pointers & 15 and bits < INT32 // 2
-    tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
     able = usual and query.element_size() == 2 and not any(0 in tensor_strides for tensor_strides in strides)
     statistics = usual and arch >= 90 and q_length % 4 == 0 and plan(code).step == 1 and lse.numel() < INT32
     plain = (
@@ -163,7 +161,7 @@ def backward(
         able and attends_to_all(code, k_length, q_length, True),
         statistics,
     )
-    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, tf32, plain)
+    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, takes_tf32(query), plain)
     if grad_weights is not None:
         grad_weights = grad_weights.contiguous()
         usual = False
@@ -174,52 +172,55 @@ def backward(
     block_r = max(1, 2048 // block_v)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    tiles = cdiv(q_length, block_r)
-    kernels().launch(
-        kernels().row_delta, (tiles * batch * heads, 1),
-        (out, grad_out, grad_lse, delta, in_units(out.stride(), unit), in_units(strides[3], unit), tiles, heads,
-        q_length, value_dim),
-        (block_r, block_v, grad_lse is not None, unit), 4, 1, index, compiled, ("delta", grad_lse is not None),
-    )  # fmt: skip
-    scales = scale if featured else scale * LOG2E, scale
-    features = softcap, threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    scales = scale * LOG2E if features.plain else scale, scale
     units = [in_units(tensor_strides, unit) for tensor_strides in strides]
-    extras = bias, alibi_slopes, seed, query_offset, tuple(operands)
-    extra_strides = broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3), broadcast_strides(query_offset, 2)
+    given = query, key, value, grad_out, grad_weights, lse, delta
+    extras = *features.tensors, tuple(operands)
     sizes = heads, heads // kv_heads, q_length, k_length, head_dim, value_dim
     step = made.plan.step
-    tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
-    kernels().launch(
-        kernels().query_gradient, (tiles * step * batch * heads, 1),
-        (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_query, grad_slopes, *extras,
-            *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths), *units[:5],
-            *extra_strides,
-            numbers, *sizes, tiles, *scales, *features,
+    delta_tiles = cdiv(q_length, block_r)
+    query_tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
+    key_tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
+    launches = [
+        Launch(
+            kernels().row_delta, (delta_tiles * batch * heads, 1),
+            (out, grad_out, grad_lse, delta, in_units(out.stride(), unit), in_units(strides[3], unit), delta_tiles,
+            heads, q_length, value_dim),
+            (block_r, block_v, grad_lse is not None, unit), 4, 1, compiled, ("delta", grad_lse is not None),
         ),
-        made.query_constants, made.query_tiles.warps, made.query_tiles.stages, index, compiled, ("query", kind),
-    )  # fmt: skip
-    tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
-    kernels().launch(
-        kernels().key_value_gradients, (tiles * step * batch * kv_heads, 1),
-        (
-            query, key, value, grad_out, grad_weights, lse, delta, grad_key, grad_value, *extras,
+        Launch(
+            kernels().query_gradient, (query_tiles * step * batch * heads, 1),
+            (*given, grad_query, grad_slopes, *extras,
+            *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths), *units[:5],
+            *features.strides, numbers, *sizes, query_tiles,
+            *scales, *features.numbers),
+            made.query_constants, made.query_tiles.warps, made.query_tiles.stages, compiled, ("query", kind),
+        ),
+        Launch(
+            kernels().key_value_gradients, (key_tiles * step * batch * kv_heads, 1),
+            (*given, grad_key, grad_value, *extras,
             *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths),
             *_flat_descriptors(made.key_tiles.rows if statistics else 0, lse, delta), *units[:4],
-            *units[5:],
-            *extra_strides, numbers, *sizes, tiles, *scales, *features,
+            *units[5:], *features.strides, numbers, *sizes,
+            key_tiles, *scales, *features.numbers),
+            made.key_constants, made.key_tiles.warps, made.key_tiles.stages, compiled, ("key", kind),
+            dependent_launches(arch),
         ),
-        made.key_constants, made.key_tiles.warps, made.key_tiles.stages, index, compiled, ("key", kind),
-        dependent_launches(arch),
-    )  # fmt: skip
+    ]  # fmt: skip
     grad_bias = lse.new_empty(0)
     if bias_gradient and bias is not None:
         grad_bias = lse.new_empty((*bias.shape[:3], k_length))
-        _dense(
-            grad_bias, query, key, value, grad_out, grad_weights, lse, delta, bias, alibi_slopes, seed, query_offset,
-            operands, code, scale, softcap, dropout_p,
-        )  # fmt: skip
-    return grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes
+        launches.append(
+            _dense(grad_bias, query, key, value, grad_out, grad_weights, lse, delta, operands, code, scale, features)
+        )
+    return Work(index, (grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes), (), tuple(launches))
+
+
+def backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The results of `backward_work`, computed."""
+    work = backward_work(*arguments, **options)
+    work.run()
+    return work.results
 
 
 def weights(
@@ -229,20 +230,15 @@ def weights(
     operands: Sequence[Tensor],
     schedule: Sequence[int],
     scale: float,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    query_offset: Tensor | None = None,
+    *features: Any,
 ) -> Tensor:
-    """The weights (B, H, Lq, Lk) after dropout, in the query's dtype."""
+    """The weights (B, H, Lq, Lk) after dropout, in the query's dtype; the rest of the arguments are a `Features`."""
     query, key = in_rows(query), in_rows(key)
     result = query.new_empty((*query.shape[:3], key.shape[2]))
-    _dense(
-        result, query, key, None, None, None, lse, None, bias, alibi_slopes, seed, query_offset, operands,
-        tuple(schedule), scale, softcap, dropout_p,
-    )  # fmt: skip
+    launch = _dense(
+        result, query, key, None, None, None, lse, None, operands, tuple(schedule), scale, Features(*features)
+    )
+    Work(query.get_device(), (result,), (), (launch,)).run()
     return result
 
 
@@ -253,19 +249,13 @@ def sparse_weights(
     operands: Sequence[Tensor],
     schedule: Sequence[int],
     scale: float,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    query_offset: Tensor | None = None,
+    *features: Any,
 ) -> tuple[Tensor, Tensor]:
     """Indices (4, n), in ascending order, and weights (n,) of the pairs that count."""
-    dense = weights(
-        query, key, lse, operands, schedule, scale, bias, alibi_slopes, softcap, dropout_p, seed, query_offset
-    )
+    dense = weights(query, key, lse, operands, schedule, scale, *features)
     q_length, k_length = dense.shape[2:]
     pairs = Schedule.decode(schedule).rows(0, q_length, q_length, k_length, operands).to(dense.device)
+    bias = Features(*features).bias
     if bias is not None:
         pairs = pairs & (bias != -torch.inf)
     indices = pairs.expand(dense.shape).nonzero().T.contiguous()
@@ -281,17 +271,12 @@ def _dense(
     grad_weights: Tensor | None,
     lse: Tensor,
     delta: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    query_offset: Tensor | None,
     operands: Sequence[Tensor],
     code: tuple[int, ...],
     scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> None:
-    """Fills weights, or with a delta the gradient of a bias."""
+    features: Features,
+) -> Launch:
+    """What fills weights, or with a delta the gradient of a bias."""
     batch, heads, q_length, head_dim = query.shape
     kv_heads, k_length = key.shape[1:3]
     gradient = value is not None
@@ -302,28 +287,24 @@ def _dense(
         (16, 64) if max(head_dim, value_dim) > 128 else (64, 64) if query.dtype != torch.float32 else (32, 64)
     )
     strides = [hidden((0, 0, 0) if t is None else t.stride()[:3]) for t in (query, key, value, grad_out)]
-    extra_strides = broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3), broadcast_strides(query_offset, 2)
     sums = result.shape[0] < batch, result.shape[1] < heads, result.shape[2] < q_length
     row_tiles, column_tiles = -(-q_length // rows), -(-k_length // columns)
     interpreted = kernels().INTERPRETED and query.dtype == torch.bfloat16
-    tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    kernels().launch(
+    return Launch(
         kernels().dense_tiles,
         (column_tiles * (1 if sums[2] else row_tiles) * result.shape[1] * result.shape[0], 1),
         (
-            result, query, key, value, grad_out, grad_weights, lse, delta, bias, alibi_slopes, seed, query_offset,
-            tuple(operands), (*strides, *extra_strides), numbers,
+            result, query, key, value, grad_out, grad_weights, lse, delta, *features.tensors, tuple(operands),
+            (*strides, *features.strides), numbers,
             heads, heads // kv_heads, q_length, k_length, head_dim, value_dim, hidden(result.stride()[:3]),
             1 if sums[2] else row_tiles, column_tiles, result.shape[1], batch if sums[0] else 1,
-            heads if sums[1] else 1, row_tiles if sums[2] else 1, scale, softcap, threshold(dropout_p),
-            1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            heads if sums[1] else 1, row_tiles if sums[2] else 1, scale, *features.numbers,
         ),
         (
-            made.code, *split_dim(head_dim), *split_dim(value_dim), rows, columns, bool(softcap), bias is not None,
-            alibi_slopes is not None, dropout_p > 0, query_offset is not None, grad_weights is not None, gradient,
-            sums[2], "tf32" if tf32 else "ieee", interpreted,
+            made.code, *split_dim(head_dim), *split_dim(value_dim), rows, columns, *features.present,
+            grad_weights is not None, gradient, sums[2], "tf32" if takes_tf32(query) else "ieee", interpreted,
         ),
-        8, 1, query.get_device(), None, None,
+        8, 1, None, None,
     )  # fmt: skip
 
 

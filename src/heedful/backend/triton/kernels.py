@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,6 +16,9 @@ from heedful.backend.triton.dense import dense_tiles
 from heedful.backend.triton.forward import attention_forward
 from heedful.backend.triton.key_gradient import key_value_gradients
 from heedful.backend.triton.query_gradient import query_gradient
+
+if TYPE_CHECKING:
+    from heedful.backend.triton.launch import Launch
 
 __all__ = [
     "INTERPRETED",
@@ -35,38 +37,25 @@ _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def launch(
-    function: Any,
-    grid: tuple[int, int],
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    warps: int,
-    stages: int,
-    device: int,
-    compiled: dict[Hashable, Any] | None,
-    kind: Hashable,
-    dependent: bool = False,
-) -> None:
-    """Runs a kernel on a device's current stream.
-
-    compiled: kernels like this one by device and `kind`, which has to tell apart what triton would compile anew for:
-    triton's own look at every argument takes several times as long as a launch. None leaves it to triton.
-    dependent: the kernel may begin before the ones in front of it have ended, and waits for them itself.
-    """
+def launch(device: int, one: Launch) -> Any:
+    """Runs a kernel on a device's current stream: what it was compiled to, None under the interpreter."""
     if INTERPRETED:
-        function[grid](*arguments, *constants)
-        return
+        one.function[one.grid](*one.arguments, *one.constants)
+        return None
     if _current_device() != device:
         with torch.cuda.device(device):
-            launch(function, grid, arguments, constants, warps, stages, device, compiled, kind, dependent)
-        return
-    found = None if compiled is None else compiled.get((device, kind))
+            return launch(device, one)
+    compiled = one.compiled
+    found = None if compiled is None else compiled.get((device, one.kind))
     if found is not None:
         found.run(
-            grid[0], grid[1], 1, _current_stream(device), found.function, found.packed_metadata, None, None, None,
-            *arguments, *constants,
+            *one.grid, 1, _current_stream(device), found.function, found.packed_metadata, None, None, None,
+            *one.arguments, *one.constants,
         )  # fmt: skip
-        return
-    found = function[grid](*arguments, *constants, num_warps=warps, num_stages=stages, launch_pdl=dependent)
+        return found
+    found = one.function[one.grid](
+        *one.arguments, *one.constants, num_warps=one.warps, num_stages=one.stages, launch_pdl=one.dependent
+    )
     if compiled is not None:
-        compiled[device, kind] = found
+        compiled[device, one.kind] = found
+    return found

@@ -1,17 +1,25 @@
-"""From tensors to launches: what a kernel is compiled for, looked up, and what it is given, put together."""
+"""From tensors to launches: what the forward is compiled for, looked up, and what it is given, put together."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.backend.triton.plan import Plan, attends_to_all, plan
-from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, key_runs, split_dim, takes_dense_tiles
+from heedful.backend.triton.tuning import (
+    Tiles,
+    architecture,
+    forward_tiles,
+    key_runs,
+    overrides,
+    split_dim,
+    takes_dense_tiles,
+)
 
 LOG2E = math.log2(math.e)
 # Multiprocessors that a call under Triton's interpreter is cut for.
@@ -22,7 +30,10 @@ INT32 = 2**31
 @functools.cache
 def kernels() -> Any:
     from heedful.backend.triton import kernels as loaded
+    from heedful.backend.triton import tuned
 
+    if not loaded.INTERPRETED:
+        overrides.update(tuned.stored_tiles())
     return loaded
 
 
@@ -35,6 +46,83 @@ def device_limits(index: int) -> tuple[int, int]:
     return architecture((properties.major, properties.minor)), properties.multi_processor_count
 
 
+class Launch(NamedTuple):
+    """A kernel and all that it is launched with."""
+
+    function: Any
+    grid: tuple[int, int]
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+    compiled: dict[Hashable, Any] | None
+    """Kernels like this one by device and `kind`, which has to tell apart what triton would compile anew for: triton's
+    own look at every argument takes several times as long as a launch. None leaves it to triton."""
+    kind: Hashable
+    dependent: bool = False
+    """The kernel may begin before the ones in front of it have ended, and waits for them itself."""
+
+
+class Work(NamedTuple):
+    """Launches on one device, one after another, and the tensors that they write."""
+
+    device: int
+    results: tuple[Tensor, ...]
+    scratch: tuple[Tensor, ...]
+    launches: tuple[Launch, ...]
+    unread: tuple[Tensor, ...] = ()
+    """Results that the caller has no use for."""
+    lengths: Callable[[], tuple[int, int] | None] = lambda: None
+    """Lengths of keys and values between which all of this is the same but for that number; None where that is not
+    known."""
+
+    def run(self) -> list[Any]:
+        """Launches everything on the device's current stream: the compiled kernels, None under the interpreter."""
+        launch = kernels().launch
+        return [launch(self.device, one) for one in self.launches]
+
+
+class Features(NamedTuple):
+    """What a call does beside attention, as the operators take it; no feature where it is left out."""
+
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    query_offset: Tensor | None = None
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Softcap, bias, slopes, dropout, offsets of queries: whether each is there."""
+        bias, alibi_slopes, softcap, dropout_p, _, query_offset = self
+        return bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are products alone."""
+        return not self.softcap and self.bias is None and self.alibi_slopes is None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As the kernels take them."""
+        return self.bias, self.alibi_slopes, self.seed, self.query_offset
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """Of bias, slopes and offsets; hidden."""
+        return (
+            broadcast_strides(self.bias, 4),
+            broadcast_strides(self.alibi_slopes, 3),
+            broadcast_strides(self.query_offset, 2),
+        )
+
+    @property
+    def numbers(self) -> tuple[float, int, float]:
+        """Softcap, the threshold that dropped words are below, and what the others grow by."""
+        return self.softcap, _threshold(self.dropout_p), 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+
+
 class Forward(NamedTuple):
     """What the forward is compiled for, and how its grid is made."""
 
@@ -45,7 +133,7 @@ class Forward(NamedTuple):
     widths: tuple[int, int]
     """Columns of a tile of keys and of values that descriptors bring in."""
     compiled: dict[Hashable, Any]
-    """Kernels by what triton compiles anew for and `constants` do not hold."""
+    """As `Launch` has them."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,7 +154,7 @@ def _forward(
     plain: bool,
 ) -> Forward:
     made = plan(code)
-    softcap, bias, alibi, sinks, dropout, offset = has
+    softcap, bias, alibi, dropout, offset, sinks = has
     heavy = softcap or bias or dropout or alibi or not made.gapless
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
@@ -99,7 +187,7 @@ def _forward(
     return Forward(made, tiles, pack, constants, (d0, v0), {})
 
 
-def forward(
+def forward_work(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -115,8 +203,11 @@ def forward(
     seed: Tensor | None = None,
     pages: Tensor | None = None,
     query_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output (B, H, Lq, Dv), in (B, L, H, D) memory order where `blhd`, and the log-sum-exp (B, H, Lq)."""
+) -> Work:
+    """What computes the output (B, H, Lq, Dv), in (B, L, H, D) memory order where `blhd`, and the log-sum-exp
+    (B, H, Lq)."""
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query is {query.dtype}, key {key.dtype} and value {value.dtype}")
     batch, heads, q_length, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     page = 0
@@ -131,9 +222,9 @@ def forward(
     else:
         out = query.new_empty(batch, heads, q_length, value_dim)
     lse = query.new_empty((batch, heads, q_length), dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
     index = query.get_device()
+    if lse.numel() == 0:
+        return Work(index, (out, lse), (), ())
     arch, multiprocessors = device_limits(index)
     code = tuple(schedule)
     group = heads // kv_heads
@@ -142,11 +233,8 @@ def forward(
     few = q_length * pack
     rows = 1 << (few - 1).bit_length() if few <= 64 else 0
 
-    featured = bool(softcap) or bias is not None or alibi_slopes is not None
-    has = (
-        bool(softcap), bias is not None, alibi_slopes is not None, sinks is not None, dropout_p > 0,
-        query_offset is not None,
-    )  # fmt: skip
+    features = Features(bias, alibi_slopes, softcap, dropout_p, seed, query_offset)
+    has = *features.present, sinks is not None
     strides = query.stride(), key.stride(), value.stride(), out.stride()
     bits = 0
     for tensor_strides in strides:
@@ -158,8 +246,8 @@ def forward(
     # Of descriptors: every axis has a stride of its own, in multiples of 16 bytes.
     plain = usual and query.element_size() == 2 and 0 not in strides[0] and 0 not in strides[1] and 0 not in strides[2]
     plain = plain and attends_to_all(code, q_length, k_length)
-    tf32 = query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    fold = scale > 0 and not featured
+    tf32 = takes_tf32(query)
+    fold = scale > 0 and features.plain
     made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, has, fold, unit, tf32, plain)
     step = made.plan.step
     row_tiles = -(-(-(-q_length // step) * pack) // made.tiles.rows)
@@ -167,9 +255,11 @@ def forward(
     programs = row_tiles * step * batch * grid_heads
     splits, chunk = key_runs(programs, multiprocessors, k_length, step, rows > 0)
     target, target_lse, target_strides = out, lse, strides[3]
+    scratch: tuple[Tensor, ...] = ()
     if splits > 1:
         target = query.new_empty((splits, batch, heads, q_length, value_dim), dtype=torch.float32)
         target_lse = query.new_empty((splits, batch, heads, q_length), dtype=torch.float32)
+        scratch = target, target_lse
         target_strides = target.stride()[1:]
         unit = unit if value_dim % 8 == 0 else 1
         made = _forward(
@@ -188,29 +278,67 @@ def forward(
         query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias, alibi_slopes,
         sinks, seed, pages, query_offset, tuple(operands),
         in_units(strides[0], unit), in_units(strides[1], unit), in_units(strides[2], unit),
-        in_units(target_strides, unit), broadcast_strides(bias, 4), broadcast_strides(alibi_slopes, 3),
-        broadcast_strides(query_offset, 2), 0 if pages is None else pages.stride(0), numbers,
+        in_units(target_strides, unit), *features.strides, 0 if pages is None else pages.stride(0), numbers,
         grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk,
-        scale if featured else scale * LOG2E, softcap, threshold(dropout_p),
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        scale * LOG2E if features.plain else scale, *features.numbers,
     )  # fmt: skip
-    kernels().launch(
-        kernels().attention_forward, (programs, splits), arguments, made.constants, made.tiles.warps,
-        made.tiles.stages, index, made.compiled if usual else None, dtypes_of(bias, alibi_slopes, sinks),
-        splits > 1 and dependent_launches(arch),
-    )  # fmt: skip
+    launches = [
+        Launch(
+            kernels().attention_forward, (programs, splits), arguments, made.constants, made.tiles.warps,
+            made.tiles.stages, made.compiled if usual else None, dtypes_of(bias, alibi_slopes, sinks),
+            splits > 1 and dependent_launches(arch),
+        )
+    ]  # fmt: skip
     if splits > 1:
         rows_of_all = batch * heads * q_length
         block = min(128, max(16, 1 << (value_dim - 1).bit_length()))
-        split_block = min(64, 1 << (splits - 1).bit_length())
-        kernels().launch(
-            kernels().combine_splits, (rows_of_all, -(-value_dim // block)),
-            (target, target_lse, out, lse, sinks, hidden(strides[3][:3]), rows_of_all, heads, q_length, value_dim,
-            splits),
-            (split_block, block, sinks is not None, splits <= split_block, dependent_launches(arch)), 4, 1, index,
-            made.compiled, ("combine", split_block, splits <= split_block, dtypes_of(sinks)), dependent_launches(arch),
+        several = min(64, 1 << (splits - 1).bit_length())
+        launches.append(
+            Launch(
+                kernels().combine_splits, (rows_of_all, -(-value_dim // block)),
+                (target, target_lse, out, lse, sinks, hidden(strides[3][:3]), rows_of_all, heads, q_length, value_dim,
+                splits),
+                (several, block, sinks is not None, splits <= several, dependent_launches(arch)), 4, 1, made.compiled,
+                ("combine", several, splits <= several, dtypes_of(sinks)), dependent_launches(arch),
+            )
         )  # fmt: skip
+    # A bias, a table of pages or operands may have to do with the length.
+    growing = pages is None and bias is None and not operands and step == 1
+    work = Work(index, (out, lse), scratch, tuple(launches))
+    if not growing:
+        return work
+    return work._replace(
+        lengths=functools.partial(_lengths_like, code, q_length, k_length, programs, multiprocessors, rows > 0)
+    )
+
+
+def forward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The results of `forward_work`, computed."""
+    work = forward_work(*arguments, **options)
+    work.run()
+    out, lse = work.results
     return out, lse
+
+
+# Of lengths that fit one piece of work so many are looked for.
+_MOST_LENGTHS = 512
+
+
+def _lengths_like(
+    code: tuple[int, ...], q_length: int, k_length: int, programs: int, multiprocessors: int, few_rows: bool
+) -> tuple[int, int] | None:
+    """The lengths around one that keys are cut for in the same way."""
+
+    def runs(length: int) -> tuple[int, int]:
+        return key_runs(programs, multiprocessors, length, 1, few_rows)
+
+    low = high = k_length
+    while low > 1 and k_length - low < _MOST_LENGTHS and runs(low - 1) == runs(k_length):
+        low -= 1
+    while high - k_length < _MOST_LENGTHS and runs(high + 1) == runs(k_length):
+        high += 1
+    alike = {attends_to_all(code, q_length, length) for length in (low, k_length, high)}
+    return (low, high) if len(alike) == 1 else None
 
 
 def dependent_launches(arch: int) -> bool:
@@ -277,6 +405,11 @@ def operand_numbers(operands: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], 
     return tuple(numbers), per_head, usual
 
 
-def threshold(dropout_p: float) -> int:
+def takes_tf32(query: Tensor) -> bool:
+    """Whether products of float32 may be rounded to tf32: where the caller has asked torch for that."""
+    return query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+
+
+def _threshold(dropout_p: float) -> int:
     """dropout_p·2^32, less 2^31: words with their top bit flipped are compared as signed."""
     return int(dropout_p * 2**32) - INT32

@@ -1,9 +1,9 @@
 """Where the Triton kernels are measured to be faster than PyTorch's SDPA, for problems that both can run.
 
-The sections short, forward, backward and decode of benchmarks/gpu.py measured it on an H200 (torch 2.11, triton 3.6),
-where SDPA takes cuDNN's kernels for 16-bit types: docs/performance/gpu.md has the figures. Full and causal attention
-is SDPA's at every length there, forward and backward, and in float32. What SDPA would need a dense mask for is
-Triton's, and so are few queries against long caches.
+benchmarks/gpu_choice.py measured it on an H200 (torch 2.11, triton 3.6), where SDPA takes cuDNN's kernels for 16-bit
+types: docs/performance/gpu.md has the figures. Full and causal attention is SDPA's, forward and backward, at any head
+and value dim, and so is a bias that skips nothing. Patterns that SDPA would need a dense mask for are Triton's, and so
+are few queries that share keys, and calls that are over before they are launched.
 """
 
 from __future__ import annotations
@@ -11,21 +11,55 @@ from __future__ import annotations
 import torch
 
 from heedful.backend.sdpa import lower
+from heedful.patterns import Causal, Full
 from heedful.problem import Problem, known
 
-# One query against 16,384 keys reads them at 1.3 times the speed of SDPA's flash kernel.
-FEW_QUERIES, MANY_KEYS = 16, 1024
-# SDPA has no fused kernel for wider heads.
-LARGEST_HEAD_DIM = 256
+# A call takes 12 µs and not SDPA's 19 where the device is done before: up to 64 queries against 256 keys of 32 heads
+# were 1.4 to 2.9 times as fast.
+TINY_PAIRS, TINY_KEYS = 1 << 19, 1 << 15
+# Few queries of a head against many keys: SDPA has work for so many of the device's multiprocessors, and does not cut
+# keys for the others. Those of a group that are rows of one tile read their keys once.
+FEW_QUERIES, MANY_KEYS, MANY_HEADS, ROWS_OF_A_TILE = 16, 1024, 128, 64
+# With twice to four times the queries it was faster on few heads, 8 of 16.
+SOME_QUERIES, FEW_HEADS = 64, 16
+# SDPA repeats the keys of a group in float32 and holds all scores: 1.5 times as fast without a pattern, of 1 GiB at
+# most. A causal one takes it 1.5 times as long.
+HELD_PAIRS = 1 << 28
+# As much of a bias is held with it, in float32 and as a mask: 2 to 14 times as fast in full and causal attention.
+BIAS_PAIRS = 1 << 26
+_DENSE = Full().schedule, Causal().schedule, Causal(0).schedule
 
 
 def triton_is_faster(problem: Problem) -> bool:
     """Whether to run this CUDA problem on Triton rather than SDPA."""
-    if problem.features - {"gradient"} or problem.head_dim != problem.value_dim:
-        return True
-    if problem.head_dim > LARGEST_HEAD_DIM or (problem.dtype == torch.float32 and problem.heads != problem.kv_heads):
-        return True
-    if known(problem.q_length <= FEW_QUERIES) and known(problem.k_length >= MANY_KEYS):
+    features = problem.features - {"gradient"}
+    single = problem.dtype == torch.float32
+    if features == {"bias"}:
+        # SDPA takes no bias in 16 bit that has a gradient.
+        able = single or "gradient" not in problem.features
+        small = known(problem.q_length * problem.k_length <= BIAS_PAIRS)
+        return not (able and small and problem.schedule in _DENSE)
+    if features:
         return True
     lowering = lower(problem)
-    return lowering.dense or lowering.mask is not None
+    if lowering.dense or lowering.mask is not None:
+        return True
+    if single and problem.heads != problem.kv_heads:
+        return lowering.is_causal or not known(problem.pairs <= HELD_PAIRS)
+    return "gradient" not in problem.features and _is_soon_over(problem)
+
+
+def _is_soon_over(problem: Problem) -> bool:
+    """Whether a forward of full or causal attention is short, or has too few rows for SDPA to fill the device."""
+    queries, heads = problem.q_length, problem.batch * problem.kv_heads
+    if known(problem.pairs <= TINY_PAIRS) and known(heads * problem.k_length <= TINY_KEYS):
+        return True
+    group = problem.heads // problem.kv_heads
+    many_heads = not known(heads < MANY_HEADS)
+    if group > 1 and known(queries * group <= ROWS_OF_A_TILE) and (known(queries > 1) or not many_heads):
+        return True
+    if not known(problem.k_length >= MANY_KEYS):
+        return False
+    return (known(queries <= FEW_QUERIES) and not many_heads) or (
+        known(queries <= SOME_QUERIES) and known(heads <= FEW_HEADS)
+    )

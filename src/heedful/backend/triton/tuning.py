@@ -50,7 +50,7 @@ _FORWARD_SINGLE = {
 }
 
 overrides: dict[tuple[object, ...], Tiles] = {}
-"""Tiles that were measured on this machine, by the arguments of `forward_tiles`."""
+"""Tiles that were measured on this machine, by the arguments of `forward_tiles` or of `backward_tiles`."""
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -148,6 +148,9 @@ def backward_tiles(
     arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, block: int, heavy: bool, keys: bool
 ) -> Tiles:
     """Tiles of the gradient of queries or, with `keys`, of that of keys and values; arguments as `forward_tiles`."""
+    key = (arch, dtype, head_dim, value_dim, block, heavy, keys)
+    if key in overrides:
+        return overrides[key]
     dim = max(head_dim, value_dim)
     if dtype == torch.float32:
         tiles = _by_dim(_GRADIENT_SINGLE, dim)
