@@ -110,6 +110,8 @@ def test_dynamic_batch_and_lengths_compile_once(backend, pattern) -> None:
     ],
 )
 def test_export(backend, pattern, strict) -> None:
+    if backend == "reference" and not strict and torch.__version__ < "2.12":
+        pytest.skip("PyTorch 2.11 does not see that min(16*k, 32*k) is 16*k, the stride of grouped keys")
     layer = Layer(pattern=STATIC[pattern](), backend=backend)
     batch, q_length, k_length = Dim("batch", max=64), Dim("q", min=9, max=4096), Dim("k", min=9, max=4096)
     dynamic = ({0: batch, 2: q_length}, {0: batch, 2: k_length}, {0: batch, 2: k_length})
