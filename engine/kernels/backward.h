@@ -7,6 +7,8 @@
 // Rows are taken in steps of a few tiles, the last first: the block before, which must add to the running gradient of
 // a row's query first, then is ahead of this one also where attention is causal.
 
+template <class A> struct DirectBackward;
+
 template <class A> struct Backward {
     typedef typename A::Input Input;
     typedef typename A::Number T;
@@ -41,7 +43,9 @@ template <class A> struct Backward {
             value_steps = (call.value_dim + A::PER_WORD - 1) / A::PER_WORD;
             key_stride = round_up(call.head_dim, LANES);
             value_stride = round_up(call.value_dim, LANES);
-            const int64_t keys = call.block_keys, rows = call.step_rows;
+            const bool direct = DirectBackward<A>::serves(call);
+            const int64_t keys = direct ? 0 : call.block_keys;
+            const int64_t rows = direct ? round_up(call.rows(), PANEL) : call.step_rows;
             end = memory;
             key = take<Word>(keys * steps);
             value = take<Word>(keys * value_steps);
@@ -430,6 +434,7 @@ template <class A> struct Backward {
     }
 
     static void run(const BackwardCall &call, const BackwardItem &item, char *memory) {
+        if (DirectBackward<A>::serves(call)) return DirectBackward<A>::run(call, item, memory);
         const Scratch s(call, memory);
         const int64_t total = call.rows(), pair = item.batch_index * call.kv_heads + item.kv_head;
         __builtin_memset(s.grad_key, 0, item.keys * s.key_stride * sizeof(T));
@@ -581,7 +586,10 @@ template <class A> struct Backward {
     }
 
     static size_t scratch_bytes(const BackwardCall &call) {
-        return size_t(Scratch(call, nullptr).end - static_cast<char *>(nullptr));
+        const Scratch s(call, nullptr);
+        const bool direct = DirectBackward<A>::serves(call);
+        return size_t((direct ? typename DirectBackward<A>::Rows(call, s.end).end : s.end) -
+                      static_cast<char *>(nullptr));
     }
     static int64_t sum_width(const BackwardCall &call) { return round_up(call.head_dim, LANES); }
     // Rows that follow each other at one stride, whole vectors of them, and a last panel that holds no row too many.

@@ -10,6 +10,7 @@
 #include "direct.h"
 #include "forward.h"
 #include "backward.h"
+#include "direct_backward.h"
 #include "weights.h"
 #include "burn.h"
 // clang-format on

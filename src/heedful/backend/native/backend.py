@@ -16,6 +16,7 @@ from heedful.backend.native.gradient import (
     Settings,
     TransformedAttention,
     apply_eagerly,
+    apply_biased_eagerly,
     apply_plain_eagerly,
     attend,
     compute_weights,
@@ -71,9 +72,8 @@ class NativeBackend(Backend):
         whole = len(settings.parts) == 1
         if whole and not problem.features - {"lse"}:
             return _plain_shortcut(settings)
-        if whole and problem.features == {"gradient"}:
-            return _plain_gradient_shortcut(settings)
-
+        if whole and problem.features in ({"gradient"}, {"gradient", "bias"}):
+            return _gradient_shortcut(settings, "bias" in problem.features)
         if whole and not problem.features - {"bias", "alibi", "softcap", "sinks", "lse"}:
             return _feature_shortcut(settings, problem.features - {"lse"} == {"bias"})
         gradient = "gradient" in problem.features
@@ -230,8 +230,10 @@ def _feature_shortcut(settings: Settings, only_bias: bool) -> Shortcut:
     return run_biased if only_bias else run
 
 
-def _plain_gradient_shortcut(settings: Settings) -> Shortcut:
+def _gradient_shortcut(settings: Settings, biased: bool) -> Shortcut:
     operators: Any = getattr(torch.ops, settings.operators)
     forward, backward = operators.attention_forward.default._op, operators.attention_backward.default._op
     plan = Plan(forward, backward, list(settings.schedule), settings.scale, settings.blhd)
+    if biased:
+        return lambda q, k, v, operands, bias, *_: apply_biased_eagerly(q, k, v, bias, plan, *operands)
     return lambda q, k, v, operands: apply_plain_eagerly(q, k, v, plan, *operands)

@@ -25,8 +25,8 @@ TABLE_VERSION = 2
 
 # few_pairs: below so many query-key pairs a call is its overhead, and SDPA's is smaller; with gradients by 7 µs, since
 # autograd calls the engine through Python. few_queries: with so few to a head of its own keys, in float32 and float64,
-# SDPA multiplies them where they lie, and its overhead decides while keys and values are few, cached_bytes; twice the
-# queries and four times the bytes with gradients. engine: its own constants, 0 for its choice.
+# SDPA multiplies them where they lie, and its overhead decides while keys and values are few, cached_bytes; a quarter of
+# the queries with gradients, for which the engine reads them in place too. engine: its own constants, 0 for its choice.
 _PAIRS = {"float32": 64, "float64": 16, "bfloat16": 0, "float16": 0}
 _GRADIENT_PAIRS = {"float32": 640, "float64": 512, "bfloat16": 64, "float16": 16}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def engine_pays(
     key_bytes = batch * kv_heads * k_length * head_dim * 2 * dtype.itemsize
     few_queries, cached_bytes = table["few_queries"], table["cached_bytes"]
     if gradient:
-        few_queries, cached_bytes = 2 * few_queries, 4 * cached_bytes
+        few_queries //= 4
     return not (known(q_length <= few_queries) and known(key_bytes <= cached_bytes))
 
 
