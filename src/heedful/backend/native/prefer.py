@@ -25,8 +25,9 @@ TABLE_VERSION = 2
 
 # few_pairs: below so many query-key pairs a call is its overhead, and SDPA's is smaller; with gradients by 7 µs, since
 # autograd calls the engine through Python. few_queries: with so few to a head of its own keys, in float32 and float64,
-# SDPA multiplies them where they lie, and its overhead decides while keys and values are few, cached_bytes; a quarter of
-# the queries with gradients, for which the engine reads them in place too. engine: its own constants, 0 for its choice.
+# SDPA multiplies them where they lie, and its overhead decides while keys and values are few, cached_bytes; a quarter
+# of the queries with gradients, for which the engine reads them in place too. engine: its own constants, 0 for its
+# choice.
 _PAIRS = {"float32": 64, "float64": 16, "bfloat16": 0, "float16": 0}
 _GRADIENT_PAIRS = {"float32": 640, "float64": 512, "bfloat16": 64, "float16": 16}
 DEFAULTS: dict[str, dict[str, Any]] = {
