@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heedful import Causal, Chunked, Full, Longformer, Mask, Padding, SlidingWindow
+from heedful.backend.sdpa import SdpaBackend
 from heedful.backend.triton.plan import attends_to_all, plan
 from heedful.backend.triton.prefer import triton_is_faster
 from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, key_runs, split_dim, takes_dense_tiles
@@ -125,3 +126,14 @@ def test_runs_of_keys_cover_them(programs, keys, few_rows) -> None:
 def test_architectures() -> None:
     known = {(8, 0): 80, (8, 6): 86, (8, 9): 86, (9, 0): 90, (10, 0): 90, (12, 0): 86}
     assert {capability: architecture(capability) for capability in known} == known
+
+
+def test_sdpa_refuses_a_bias_that_its_kernels_do_not_take() -> None:
+    def refused(**changes) -> bool:
+        return bool(SdpaBackend().not_supported_reasons(problem(features=("bias", "gradient"))._replace(**changes)))
+
+    assert refused()
+    assert refused(dtype=torch.float16)
+    assert not refused(dtype=torch.float32)
+    assert not refused(device_type="cpu")
+    assert not refused(features=frozenset({"bias"}))
