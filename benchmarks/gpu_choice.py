@@ -68,7 +68,14 @@ def calls() -> dict[str, dict[str, Any]]:
             kind = f"{'causal' if causal else 'full'} {dtype}"
             found[f"bias {kind}"] = call(2048, 2048, dtype=dtype, dim=64, bias=True, causal=causal)
             found[f"bias of a row {kind}"] = call(2048, 2048, dtype=dtype, dim=64, bias="row", causal=causal)
-            found[f"bias, gradients {kind}"] = call(1024, 1024, dtype=dtype, dim=64, bias=True, gradients=True)
+            found[f"bias, gradients {kind}"] = call(
+                1024, 1024, dtype=dtype, dim=64, bias=True, causal=causal, gradients=True
+            )
+            found[f"bias 256 {kind}"] = call(256, 256, dtype=dtype, dim=64, bias=True, causal=causal)
+            found[f"bias D 128 4096 {kind}"] = call(4096, 4096, dtype=dtype, bias=True, causal=causal)
+            found[f"bias, gradients D 128 4096 {kind}"] = call(
+                4096, 4096, dtype=dtype, bias=True, causal=causal, gradients=True
+            )
             found[f"gradients {kind}"] = call(1024, 1024, dtype=dtype, dim=64, gradients=True, causal=causal)
     found["gradients D 64 Dv 128"] = call(1024, 1024, dim=64, value_dim=128, gradients=True)
     for queries in (1, 4, 16, 64):
@@ -86,8 +93,8 @@ def sides(what: dict[str, Any]) -> dict[str, Callable[[], object]]:
     gradients = options.pop("gradients", False)
     leaves = [q, k, v]
     if "bias" in options:
-        rows = 1 if options["bias"] == "row" else q.shape[2]
-        options["bias"] = torch.randn(1, 1, rows, k.shape[2], device=DEVICE).to(dtype)
+        heads, rows = (1, 1) if options["bias"] == "row" else q.shape[1:3]
+        options["bias"] = torch.randn(1, heads, rows, k.shape[2], device=DEVICE).to(dtype)
         leaves.append(options["bias"])
     for leaf in leaves:
         leaf.requires_grad_(gradients)

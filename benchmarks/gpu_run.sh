@@ -13,6 +13,7 @@ if ! python3 -c "import pytest, hypothesis"; then
     parts=()
 fi
 waiting=()
+export OMP_NUM_THREADS=1
 for part in "${parts[@]}"; do
     read -r file words <<<"$part"
     timeout -s INT 200 python3 -m pytest -q -W ignore --tb=short -p no:cacheprovider "tests/$file" -k "$words" \
@@ -20,5 +21,6 @@ for part in "${parts[@]}"; do
     waiting+=($!)
 done
 wait "${waiting[@]}"
+unset OMP_NUM_THREADS
 tail -n 3 "$OUT"/pytest.* || true
 timeout 360 python3 -m heedful.cli bench --gpu --save "$OUT/gpu.json" --markdown

@@ -118,20 +118,22 @@ struct Kernel {
         uint64_t sizes[MAX_DIMS], strides[MAX_DIMS]; /* In bytes, as all of it from the innermost axis on. */
         TensorMap map;
 
-        void encode(TensorMap &made, uint64_t address, const uint64_t *with_sizes) const {
+        void encode(TensorMap &made, uint64_t address, const uint64_t *with_sizes, int32_t device) const {
             constexpr int32_t no_interleave = 0, promote_to_128_bytes = 2;
             constexpr uint32_t ones[MAX_DIMS] = {1, 1, 1, 1, 1};
-            check_cuda(cuda_driver().encode_tiled(&made, data_type, rank, reinterpret_cast<void *>(address), with_sizes,
+            const auto call = [&] {
+                return cuda_driver().encode_tiled(&made, data_type, rank, reinterpret_cast<void *>(address), with_sizes,
                                                   strides, box, ones, no_interleave, swizzle, promote_to_128_bytes,
-                                                  fill),
-                       "cuTensorMapEncodeTiled");
+                                                  fill);
+            };
+            check_cuda(in_context(device, call), "cuTensorMapEncodeTiled");
         }
     };
     std::vector<Mapped> maps;
     /* Whether the driver's kernel has these parameters and no others. */
     bool agrees = true;
 
-    Kernel(Reader &code, int64_t tensors) {
+    Kernel(Reader &code, int64_t tensors, int32_t device) {
         function = reinterpret_cast<void *>(code.next());
         for (unsigned &size : grid) size = static_cast<unsigned>(code.next());
         block = static_cast<unsigned>(code.next());
@@ -148,7 +150,7 @@ struct Kernel {
                 lengths.push_back(index);
                 size = sizeof(int32_t);
             } else if (size == sizeof(TensorMap)) {
-                add_map(code, index, tensors);
+                add_map(code, index, tensors, device);
             } else {
                 values.back() = static_cast<uint64_t>(code.next());
             }
@@ -174,11 +176,13 @@ struct Kernel {
                 uint64_t sizes[MAX_DIMS];
                 std::copy_n(mapped.sizes, MAX_DIMS, sizes);
                 sizes[mapped.rank - 1 - LENGTH_DIM] = static_cast<uint64_t>(call.length);
-                mapped.encode(copies[index], address, sizes);
+                mapped.encode(copies[index], address, sizes, device);
             } else {
                 copies[index] = mapped.map;
-                check_cuda(driver.replace_address(&copies[index], reinterpret_cast<void *>(address)),
-                           "cuTensorMapReplaceAddress");
+                const auto replace = [&] {
+                    return driver.replace_address(&copies[index], reinterpret_cast<void *>(address));
+                };
+                check_cuda(in_context(device, replace), "cuTensorMapReplaceAddress");
             }
             parameters[mapped.parameter] = &copies[index];
         }
@@ -187,18 +191,20 @@ struct Kernel {
         const LaunchConfig config = {{grid[0], grid[1], grid[2]}, {block, 1, 1}, shared, call.stream, &attribute,
                                      dependent ? 1u : 0u};
         const auto launch = [&] { return driver.launch_kernel(&config, function, parameters, nullptr); };
-        CudaResult result = launch();
-        if (result == CUDA_INVALID_CONTEXT) {
-            /* A thread that has called nothing of CUDA's runtime yet. */
-            void *context = nullptr;
-            check_cuda(driver.retain_context(&context, device), "cuDevicePrimaryCtxRetain");
-            check_cuda(driver.set_context(context), "cuCtxSetCurrent");
-            result = launch();
-        }
-        check_cuda(result, "cuLaunchKernelEx");
+        check_cuda(in_context(device, launch), "cuLaunchKernelEx");
     }
 
   private:
+    /* What a call of the driver returns; a thread that has called nothing of CUDA's runtime yet has no context. */
+    template <typename DriverCall> static CudaResult in_context(int32_t device, const DriverCall &call) {
+        const CudaResult result = call();
+        if (result != CUDA_INVALID_CONTEXT) return result;
+        void *context = nullptr;
+        check_cuda(cuda_driver().retain_context(&context, device), "cuDevicePrimaryCtxRetain");
+        check_cuda(cuda_driver().set_context(context), "cuCtxSetCurrent");
+        return call();
+    }
+
     void check(size_t index, size_t expected, bool there) {
         size_t offset = 0, size = 0;
         const bool found = cuda_driver().parameter_info(function, index, &offset, &size) == 0;
@@ -206,7 +212,7 @@ struct Kernel {
     }
 
     /* Data type, swizzle and fill as the driver numbers them. */
-    void add_map(Reader &code, size_t parameter, int64_t tensors) {
+    void add_map(Reader &code, size_t parameter, int64_t tensors, int32_t device) {
         Mapped mapped = {};
         mapped.parameter = parameter;
         mapped.tensor = static_cast<size_t>(code.below(tensors));
@@ -220,7 +226,7 @@ struct Kernel {
         for (uint32_t dim = 0; dim < mapped.rank; ++dim) mapped.sizes[dim] = static_cast<uint64_t>(code.next());
         for (uint32_t dim = 0; dim + 1 < mapped.rank; ++dim) mapped.strides[dim] = static_cast<uint64_t>(code.next());
         /* The address of a call takes the place of this one. */
-        mapped.encode(mapped.map, ALIGNMENT * 16, mapped.sizes);
+        mapped.encode(mapped.map, ALIGNMENT * 16, mapped.sizes, device);
         maps.push_back(mapped);
     }
 };
@@ -258,7 +264,7 @@ class Form {
         for (int64_t index = 0; index < inputs; ++index) inputs_.emplace_back(code);
         for (int64_t index = 0; index < buffers; ++index) buffers_.emplace_back(code);
         for (int64_t index = 0; index < kernels; ++index) {
-            kernels_.emplace_back(code, inputs + buffers);
+            kernels_.emplace_back(code, inputs + buffers, device_);
             agrees_ = agrees_ && kernels_.back().agrees;
         }
         for (int64_t index = buffers - unwanted; index < buffers; ++index) {

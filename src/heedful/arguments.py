@@ -141,6 +141,7 @@ def prepare(
         whole.schedule,
         frozenset([feature for feature, used in needed.items() if used]),
         whole if whole.schedule.slots and not torch.compiler.is_compiling() and whole.is_constant else None,
+        None if bias is None else bias.dtype,
     )
     return Call(
         problem,

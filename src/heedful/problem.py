@@ -78,6 +78,7 @@ class Problem(NamedTuple):
     constant: Pattern | None = None
     """The pattern where the schedule refers to tensors that follow from the pattern's ints alone, as BigBird's do.
     None in a traced call."""
+    bias_dtype: torch.dtype | None = None
 
     @property
     def pairs(self) -> int:

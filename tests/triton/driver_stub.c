@@ -10,6 +10,11 @@ enum { KERNELS = 8, PARAMETERS = 256 };
 size_t stub_sizes[KERNELS][PARAMETERS];
 size_t stub_counts[KERNELS];
 int stub_next_result;
+/* Whether a thread has to set a context before it may do anything. */
+int stub_wants_context;
+static _Thread_local int has_context;
+
+static int refused(void) { return stub_wants_context && !has_context ? 201 : 0; }
 
 /* Read by the test. */
 int stub_launches;
@@ -31,6 +36,7 @@ int cuLaunchKernelEx(const struct config *config, void *function, void **paramet
         stub_next_result = 0;
         return result;
     }
+    if (refused()) return refused();
     int dependent = config->count == 1 && config->attributes[0] == 6 && config->attributes[2] == 1;
     uint64_t shape[7] = {kernel, config->grid[0], (uint64_t)config->grid[1] * config->grid[2], config->block[0],
                          config->shared, (uint64_t)config->stream, (uint64_t)dependent};
@@ -53,6 +59,7 @@ int cuTensorMapEncodeTiled(uint64_t *map, int type, uint32_t rank, void *address
                            const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
                            int swizzle, int promotion, int fill) {
     (void)steps, (void)interleave, (void)promotion;
+    if (refused()) return refused();
     memset(map, 0, 128);
     uint64_t head[4] = {(uint64_t)address, (uint64_t)type, rank, (uint64_t)(swizzle + 16 * fill)};
     memcpy(map, head, sizeof head);
@@ -64,7 +71,7 @@ int cuTensorMapEncodeTiled(uint64_t *map, int type, uint32_t rank, void *address
 
 int cuTensorMapReplaceAddress(uint64_t *map, void *address) {
     map[0] = (uint64_t)address;
-    return 0;
+    return refused();
 }
 
 int cuGetErrorString(int error, const char **text) {
@@ -81,5 +88,6 @@ int cuDevicePrimaryCtxRetain(void **context, int device) {
 
 int cuCtxSetCurrent(void *context) {
     (void)context;
+    has_context = 1;
     return 0;
 }

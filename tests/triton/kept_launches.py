@@ -10,6 +10,7 @@ import itertools
 import re
 import struct
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ launches = ctypes.c_int.in_dll(stub, "stub_launches")
 shapes = ((ctypes.c_uint64 * 7) * 64).in_dll(stub, "stub_shapes")
 parameters = (((ctypes.c_ubyte * 128) * 256) * 64).in_dll(stub, "stub_parameters")
 next_result = ctypes.c_int.in_dll(stub, "stub_next_result")
+wants_context = ctypes.c_int.in_dll(stub, "stub_wants_context")
 
 
 def declared(ptx: str) -> list[int]:
@@ -121,6 +123,17 @@ def keep(work: Work, compiled: list[object], tensors: list[torch.Tensor], place:
     return torch.ops.heedful.launches_keep(torch.tensor(code), place)
 
 
+def run_without_context(tensors: list[torch.Tensor], place: int) -> int:
+    """How many results there are in a thread that has called nothing of CUDA's yet."""
+    found: list[int] = []
+    wants_context.value = 1
+    thread = threading.Thread(target=lambda: found.append(len(run(tensors, place))))
+    thread.start()
+    thread.join()
+    wants_context.value = 0
+    return sum(found)
+
+
 triton.runtime.driver.set_active(Offline(90))
 launch.device_limits = gradients.device_limits = lambda index: (90, 132)
 ENDS = torch.tensor([0, 60, 300], dtype=torch.int32)
@@ -149,6 +162,7 @@ for name, (pattern, length, keys, features) in cases.items():
         assert len(results) == 2
         check(work, compiled, others, results, at)
         assert len(work.launches) == (2 if name in ("decode", "documents") else 1)
+    assert run_without_context(others, place) == 2
     # Anything else about the tensors is another form.
     count = launches.value
     strided = v.transpose(2, 3).contiguous().transpose(2, 3)
@@ -192,6 +206,7 @@ for length in (low, high):
     there = launch.forward_work(*work_inputs, (), code, 0.1, False)
     at = launches.value % 64
     check(there, compiled, work_inputs, run(work_inputs, place), at)
+    assert run_without_context(work_inputs, place) == 2
 assert run([q, k[:, :, : high + 1], v[:, :, : high + 1]], place) == []
 assert run([q, k[:, :, : low - 1], v[:, :, : low - 1]], place) == []
 assert run([q, k[:, :, :high], v[:, :, : high - 1]], place) == []

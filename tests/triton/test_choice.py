@@ -35,9 +35,11 @@ def problem(pattern=None, q_length=1024, k_length=1024, dtype=torch.bfloat16, fe
         problem(dtype=torch.float32, kv_heads=2),
         problem(batch=64, q_length=1, k_length=4096, kv_heads=2),
         problem(batch=16, q_length=1, k_length=4096),
-        problem(features=("bias",)),
-        problem(Causal(), features=("bias",)),
+        problem(features=("bias",), dtype=torch.float32),
+        problem(Causal(), features=("bias",), dtype=torch.float32),
         problem(features=("bias", "gradient"), dtype=torch.float32),
+        problem(features=("bias", "gradient")),
+        problem(features=("bias",), k_length=197),
         problem(q_length=1, k_length=16, features=("gradient",)),
     ],
 )
@@ -52,7 +54,9 @@ def test_plain_attention_is_left_to_sdpa(call) -> None:
         problem(Longformer(32, 2)),
         problem(Causal(), k_length=2048),
         problem(features=("softcap",)),
-        problem(features=("bias", "gradient")),
+        problem(features=("bias",)),
+        problem(Causal(), features=("bias",)),
+        problem(Causal(), features=("bias", "gradient")),
         problem(features=("lse",)),
         problem(features=("bias", "softcap")),
         problem(SlidingWindow(100, 0), features=("bias",)),
@@ -132,8 +136,10 @@ def test_sdpa_refuses_a_bias_that_its_kernels_do_not_take() -> None:
     def refused(**changes) -> bool:
         return bool(SdpaBackend().not_supported_reasons(problem(features=("bias", "gradient"))._replace(**changes)))
 
-    assert refused()
-    assert refused(dtype=torch.float16)
-    assert not refused(dtype=torch.float32)
-    assert not refused(device_type="cpu")
-    assert not refused(features=frozenset({"bias"}))
+    assert refused(bias_dtype=torch.float32)
+    assert refused(bias_dtype=torch.float32, dtype=torch.float16)
+    assert not refused(bias_dtype=torch.bfloat16)
+    assert not refused(bias_dtype=torch.float32, dtype=torch.float32)
+    assert not refused(bias_dtype=torch.float32, device_type="cpu")
+    assert refused(features=frozenset({"alibi"}))
+    assert not refused(features=frozenset({"alibi"}), dtype=torch.float32)

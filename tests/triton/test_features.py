@@ -7,7 +7,7 @@ import torch
 from inputs import all_features, attention_inputs
 
 import heedful
-from heedful import Causal, Dilated, Longformer, SlidingWindow, choose
+from heedful import Causal, Dilated, Full, Longformer, SlidingWindow, choose
 from heedful.backend.native import backend as native_backend
 
 
@@ -23,6 +23,24 @@ def test_features(verify, name, pattern) -> None:
 def test_biases_broadcast(verify, shape) -> None:
     q, k, v = attention_inputs(heads=2, q_length=33, k_length=70)
     verify(q, k, v, bias=torch.randn(shape), through=("out",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("pattern", [Full(), SlidingWindow(20, 5), Longformer(9, 3)], ids=repr)
+@pytest.mark.parametrize("shape", [(2, 2, 97, 120), (1, 1, 97, 120), (2, 1, 97, 120), (2, 1, 1, 120)], ids=str)
+def test_a_bias_that_comes_in_tiles_or_as_a_row(verify, shape, pattern, dtype) -> None:
+    """And excludes keys from all queries, queries from all keys, and whole tiles."""
+    q, k, v = attention_inputs(heads=2, q_length=97, k_length=120, dtype=torch.float16)
+    bias = torch.randn(shape).to(dtype)
+    bias[..., 70:] = -torch.inf
+    bias[..., 3::7] = -torch.inf
+    if shape[2] > 1:
+        bias[:, :, 5::11] = -torch.inf
+    verify(q, k, v, pattern=pattern, bias=bias, softcap=20.0)
+    unseen = bias.isneginf().expand(2, 2, 97, 120).all(2)
+    k, v = (t.masked_fill(unseen[..., None], torch.nan) for t in (k, v))
+    q = q.masked_fill(bias.isneginf().expand(2, 2, 97, 120).all(3)[..., None], torch.nan)
+    verify(q, k, v, pattern=pattern, bias=bias.expand(2, 2, 97, 120), softcap=20.0)
 
 
 @pytest.mark.parametrize("pattern", [Causal(), Longformer(9, 3)], ids=repr)

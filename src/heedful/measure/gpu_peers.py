@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .gpu_cases import CUDNN, FLASH, FLASH_ATTN, FLEX_MASK, WINDOW, Case
+from .gpu_cases import CUDNN, FLASH, FLASH_ATTN, FLEX_MASK, FLEX_MASK_COMPILED, WINDOW, Case
 from .rows import Call
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def make_peer(name: str, case: Case, device: torch.device) -> Call:
     """
     if name in (FLASH, CUDNN):
         return _sdpa(name, case)
-    return _flash_attn(case) if name == FLASH_ATTN else _flex(case, device, with_mask=name == FLEX_MASK)
+    return _flash_attn(case) if name == FLASH_ATTN else _flex(name, case, device)
 
 
 def _causal(case: Case) -> bool:
@@ -42,7 +42,7 @@ def _sdpa(name: str, case: Case) -> Call:
     return call
 
 
-def _flex(case: Case, device: torch.device, with_mask: bool) -> Call:
+def _flex(name: str, case: Case, device: torch.device) -> Call:
     """Its block mask is made in each call or once; the rule is arithmetic, as its users write it."""
     import torch
     import torch._functorch.config
@@ -63,8 +63,8 @@ def _flex(case: Case, device: torch.device, with_mask: bool) -> Call:
     rule = window if case.section == "window" else causal if _causal(case) else None
     if rule is None:
         return lambda q, k, v: compiled(q, k, v, enable_gqa=grouped)
-    if with_mask:
-        make: Any = torch.compile(create_block_mask, dynamic=False)
+    if name in (FLEX_MASK, FLEX_MASK_COMPILED):
+        make: Any = torch.compile(create_block_mask, dynamic=False) if name == FLEX_MASK_COMPILED else create_block_mask
         return lambda q, k, v: compiled(
             q,
             k,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from heedful.measure.checks import Check
-from heedful.measure.gpu_cases import BEST, COPY, FLEX_MASK
+from heedful.measure.gpu_cases import BEST, COPY, FLEX_MASK, FLEX_MASK_COMPILED
 
 from .document import Document, Grid
 from .figure import Axis, Figure, Series
@@ -15,7 +15,12 @@ from .table import duration, ratio
 HEADINGS = ("call", "heedful", "of peak", "peers (ratio)", "first aim", "goal", "reached")
 PATTERN_HEADINGS = ("pattern", "time", "density", "to full", "rate")
 WORDS = frozenset({0, 3, 4, 5, 6})
-SHORT = {BEST: "the best", COPY: "a copy's bandwidth", FLEX_MASK: "FlexAttention with its mask"}
+SHORT = {
+    BEST: "the best",
+    COPY: "a copy's bandwidth",
+    FLEX_MASK: "FlexAttention with its mask",
+    FLEX_MASK_COMPILED: "FlexAttention with its mask, compiled",
+}
 
 
 def document(result: dict[str, Any]) -> Document:

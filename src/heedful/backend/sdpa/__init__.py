@@ -45,9 +45,11 @@ class SdpaBackend(Backend):
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = super().not_supported_reasons(problem)
-        # Measured with torch 2.11 on an H200: "invalid dtype for bias".
-        if problem.device_type == "cuda" and problem.dtype.itemsize == 2 and {"bias", "gradient"} <= problem.features:
-            reasons.append("takes no bias with gradients in 16 bit on CUDA")
+        if _takes_own_dtype(problem):
+            if problem.bias_dtype not in (None, problem.dtype):
+                reasons.append(f"takes a bias of {problem.dtype} with such inputs on CUDA, not {problem.bias_dtype}")
+            if "alibi" in problem.features:
+                reasons.append("takes no ALiBi slopes with 16-bit inputs on CUDA")
         return reasons
 
     def notes(self, problem: Problem) -> list[str]:
@@ -134,6 +136,12 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Ten
     return _sdpa(q, k, v)
 
 
+def _takes_own_dtype(problem: Problem) -> bool:
+    """Whether SDPA takes a float mask in its inputs' dtype alone: with torch 2.11 on an H200, cuDNN's kernel reads a
+    float32 mask of 16-bit inputs as if it were 16 bit, and the others raise."""
+    return problem.device_type == "cuda" and problem.dtype.itemsize == 2
+
+
 def _options(call: Call) -> dict[str, Any]:
     # Left out where they are SDPA's defaults, because parsing them costs a tenth of a tiny call.
     options: dict[str, Any] = {}
@@ -200,8 +208,10 @@ def _keepable(call: Call) -> bool:
 
 def _bias(call: Call) -> Tensor | None:
     """The bias and ALiBi as one float tensor that broadcasts to (B, H, Lq, Lk)."""
-    # SDPA takes a float32 mask with every input but float64.
-    dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    # Elsewhere SDPA takes a float32 mask with every input but float64.
+    dtype = torch.float32
+    if call.query.dtype == torch.float64 or _takes_own_dtype(call.problem):
+        dtype = call.query.dtype
     bias = None if call.bias is None else call.bias.to(dtype)
     if call.alibi_slopes is not None:
         q_length, k_length, given = call.problem.q_length, call.problem.k_length, call.query_offset

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from heedful.backend.triton.loads import head_of, load_rows
 from heedful.backend.triton.schedule import FAR, hulls, row_intervals, shown_strides, tile_mask
-from heedful.backend.triton.scores import LOG2E, dropout_keep, row_features, with_features
+from heedful.backend.triton.scores import LOG2E, dropout_keep, load_bias, row_features, with_features
 
 
 @triton.jit
@@ -61,11 +61,26 @@ def _tile(
         )  # fmt: skip
         biases = keep
         if HAS_BIAS:
-            biases = bias + bias_rows[:, None] + (y.to(tl.int64) * bias_stride)[None, :]
+            biases = load_bias(
+                bias,
+                bias_rows,
+                bias_stride,
+                y,
+                k_length,
+                keep,
+                bias,
+                (row, row, row, row, row),
+                BLOCK_M,
+                BLOCK_N,
+                False,
+                False,
+            )
+            keep = keep & (biases != float("-inf"))
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
-        scores, _bend, keep = with_features(
-            scores * scale, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
-        )
+        scores, _bend = with_features(
+            scores * scale, softcap, biases, slope[:, None], distance, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
+            query.dtype.element_ty == tl.float32,
+        )  # fmt: skip
         statistics = (batch.to(tl.int64) * heads + head) * q_length + x
         lse_rows = tl.load(lse + statistics, mask=there, other=float("inf"))
         lse_rows = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows)

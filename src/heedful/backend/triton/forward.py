@@ -16,8 +16,18 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from heedful.backend.triton.loads import head_of, load_rows, load_tile, paged_rows, store_rows
+from heedful.backend.triton.nonfinite import any_flag
 from heedful.backend.triton.schedule import FAR, residue_class, row_intervals, seen, shown_strides, tile_mask
-from heedful.backend.triton.scores import LN2, LOG2E, dropout_keep, rounded, row_features, with_features
+from heedful.backend.triton.scores import (
+    LN2,
+    LOG2E,
+    dropout_keep,
+    load_bias,
+    rounded,
+    row_features,
+    tile_of_bias,
+    with_features,
+)
 from heedful.backend.triton.walk import (
     EITHER,
     PARTIAL,
@@ -28,6 +38,7 @@ from heedful.backend.triton.walk import (
     next_tile,
     span_flags,
     start_walk,
+    steps_of,
     tiles_of_kind,
 )
 
@@ -39,7 +50,8 @@ def attend_tile(
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS_TILES: tl.constexpr,
+    BIAS_ROW: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """The running output, sums and maxima of a tile's rows, with the keys from n = `tile` on.
 
@@ -49,8 +61,8 @@ def attend_tile(
     query0, query1 = query
     x, head, bias_rows, slope, place = rows
     (
-        key, value, key_stride, value_stride, key_tiles, value_tiles, pages, page_stride, bias, bias_stride, seed,
-        operands, numbers,
+        key, value, key_stride, value_stride, key_tiles, value_tiles, pages, page_stride, bias, bias_stride, bias_tiles,
+        bias_at, seed, operands, numbers,
     ) = tensors  # fmt: skip
     batch, key_head, q_length, k_length, head_dim, value_dim, key_class, scale, softcap, threshold = scalars
     n = tile + tl.arange(0, BLOCK_N)
@@ -88,13 +100,21 @@ def attend_tile(
     if HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI:
         biases = products
         if HAS_BIAS:
-            biases = bias + bias_rows[:, None] + (y.to(tl.int64) * bias_stride)[None, :]
+            biases = load_bias(
+                bias, bias_rows, bias_stride, y, k_length, keep, bias_tiles,
+                (bias_at[0], bias_at[1], bias_at[2], tile, bias_at[3]), BLOCK_M, BLOCK_N, BIAS_TILES, BIAS_ROW,
+            )  # fmt: skip
+            if CLEAN:
+                # Rows beyond the last query have a bias of 0.
+                biases = tl.where((x < q_length)[:, None], biases, float("-inf"))
+            if not BIAS_TILES:
+                keep = keep & (biases != float("-inf"))
+                there = tl.max(keep.to(tl.int32), 0) != 0
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
-        scores, _bend, keep = with_features(
-            products * scale, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
-        )
-        if HAS_BIAS:
-            there = tl.max(keep.to(tl.int32), 0) != 0
+        scores, _bend = with_features(
+            products * scale, softcap, biases, slope[:, None], distance, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
+            key.dtype.element_ty == tl.float32,
+        )  # fmt: skip
         scores *= LOG2E
     elif FOLD_SCALE:
         scores = products
@@ -106,6 +126,8 @@ def attend_tile(
         if partial:
             mask = tile_mask(CODE, lows, highs, x, y, n, batch, head, operands, numbers, q_length, k_length, False)
             scores = tl.where(mask, scores, float("-inf"))
+    if CLEAN:
+        there = tl.max(scores, 0) != float("-inf")
     highest = tl.max(scores, 1)
     if FOLD_SCALE:
         # One multiply-add for each score on its way to the exponential.
@@ -128,6 +150,8 @@ def attend_tile(
         value_tiles, batch, key_head, tile, value_base, value_rows, there, BLOCK_N, V0, value_dim, KIND != WHOLE,
         MASK_V and V1 == 0, WIDE, DESCRIPTORS,
     )  # fmt: skip
+    if CLEAN:
+        values = tl.where(there[:, None], values, 0.0)
     weights = rounded(weights, values, WIDE)
     out0 = tl.dot(weights, values, out0, input_precision=PRECISION)
     if V1 > 0:
@@ -147,8 +171,8 @@ def attend_tile(
     do_not_specialize_on_alignment=["operands", "slopes", "sinks", "seed", "pages", "query_offset"],
 )  # fmt: skip
 def attention_forward(
-    query, key, value, out, lse, query_tiles, key_tiles, value_tiles, out_tiles, bias, slopes, sinks, seed, pages,
-    query_offset, operands,
+    query, key, value, out, lse, query_tiles, key_tiles, value_tiles, out_tiles, bias_tiles, flags, bias, slopes, sinks,
+    seed, pages, query_offset, operands,
     query_strides, key_strides, value_strides, out_strides, bias_strides, slope_strides, offset_strides, pages_stride,
     numbers, grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk, scale, softcap, threshold,
     growth,
@@ -159,12 +183,14 @@ def attention_forward(
     HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, FOLD_SCALE: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr,
-    DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
+    FLAGS: tl.constexpr, BIAS_ROW: tl.constexpr, DEPENDENT: tl.constexpr, RELOAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides of query, key, value and out are in UNIT elements, so that their divisibility is known.
 
     scale is times log2(e) where FOLD_SCALE (scale > 0 and no features) or there are no features. growth is
     1 / (1 - dropout_p). With SPLIT, out is float32 and lse to base 2. DEPENDENT: launched while kernels before it run.
+    RELOAD: queries come with each tile of keys. FLAGS: a bias comes by descriptors, and so many flags say whether a key
+    or value is no finite number.
     """
     query_strides = shown_strides(query_strides)
     key_strides = shown_strides(key_strides)
@@ -226,11 +252,12 @@ def attention_forward(
     else:
         key_base = head_of(key, batch, key_head, key_strides, UNIT)
         value_base = head_of(value, batch, key_head, value_strides, UNIT)
-    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
-    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
+    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
+    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
     hull, tiles, first_span, stop_span = start_walk(
         CODE, lows, highs, x, x_first, x_last, operands, numbers, batch, q_length, k_length, key_class, first, last,
-        False, CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL, BLOCK_N if HAS_DROPOUT else 1, BLOCK_N,
+        False, CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL,
+        BLOCK_N if HAS_DROPOUT else 8 if FLAGS else 1, BLOCK_N,
     )  # fmt: skip
     query_rows = head_of(0, batch, head, query_strides, UNIT) + x.to(tl.int64) * (query_strides[2] * UNIT)
     query0 = load_tile(
@@ -251,7 +278,8 @@ def attention_forward(
 
     tensors = (
         key_base, value_base, key_strides[2] * UNIT, value_strides[2] * UNIT, key_tiles, value_tiles, pages,
-        (key_strides[0] * UNIT, value_strides[0] * UNIT), bias, bias_stride, drawn, operands, numbers,
+        (key_strides[0] * UNIT, value_strides[0] * UNIT), bias, bias_stride, bias_tiles,
+        tile_of_bias(batch, grid_head, x_first, bias_strides), drawn, operands, numbers,
     )  # fmt: skip
     scalars = (batch, key_head, q_length, k_length, head_dim, value_dim, key_class, scale, softcap, threshold)
     query_tile = (query0, query1)
@@ -262,6 +290,7 @@ def attention_forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
+    dirty = any_flag(flags, FLAGS)
     for span in tl.range(first_span, stop_span, num_stages=1):
         some, all = span_flags(
             CODE, span, lows, highs, x, x_first, x_last, batch, grid_head, operands, numbers, q_length, k_length,
@@ -269,13 +298,21 @@ def attention_forward(
         )  # fmt: skip
         for KIND in tl.static_range(FIRST, LAST + 1):
             count, words, cursor = tiles_of_kind(tiles, some, all, KIND, LAST, INTERVALS)
-            for step in tl.range(0, count, num_stages=STAGES):
-                at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_N)
-                out0, out1, total, peak = attend_tile(
-                    at, partial, (out0, out1, total, peak), query_tile, rows, lows, highs, hull, tensors, scalars,
-                    CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE, HAS_SOFTCAP,
-                    HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
-                )  # fmt: skip
+            for CLEAN in tl.static_range(0, 2 if FLAGS else 1):
+                for step in tl.range(0, steps_of(count, dirty, CLEAN, FLAGS), num_stages=STAGES):
+                    at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_N)
+                    if RELOAD:
+                        # An address that is the same each time, which the compiler must not see: before the loop, the
+                        # first keys would be asked for only when the queries have come.
+                        same = query + tl.minimum(at, 0) * 64
+                        again = load_rows(same, query_rows, there, tl.arange(0, D0), head_dim, True, MASK_D, WIDE)
+                        query_tile = (again, again)
+                    out0, out1, total, peak = attend_tile(
+                        at, partial, (out0, out1, total, peak), query_tile, rows, lows, highs, hull, tensors, scalars,
+                        CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N, PAGE,
+                        HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, PRECISION, WIDE, DESCRIPTORS,
+                        FLAGS > 0, BIAS_ROW, CLEAN == 1,
+                    )  # fmt: skip
 
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E

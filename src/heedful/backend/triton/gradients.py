@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from heedful.backend.triton.launch import (
+    A_ROW,
+    FLAGS,
+    IN_NUMBERS,
     INT32,
     LOG2E,
     Features,
     Launch,
     Work,
+    bias_descriptor,
+    bias_form,
     cdiv,
     dependent_launches,
     device_limits,
@@ -23,11 +28,12 @@ from heedful.backend.triton.launch import (
     in_rows,
     in_units,
     kernels,
+    look_for_nonfinite,
     operand_numbers,
     takes_tf32,
 )
 from heedful.backend.triton.plan import Plan, attends_to_all, plan
-from heedful.backend.triton.tuning import Tiles, backward_tiles, split_dim
+from heedful.backend.triton.tuning import Tiles, backward_tiles, biased_tiles, split_dim
 from heedful.patterns.schedule import Schedule
 
 
@@ -55,6 +61,7 @@ def _backward(
     unit: int,
     tf32: bool,
     plain: tuple[bool, bool, bool],
+    tiled: int,
 ) -> Backward:
     made = plan(code)
     softcap, bias, alibi, dropout, _, _ = has
@@ -62,17 +69,20 @@ def _backward(
     over_queries, over_keys = (
         backward_tiles(arch, dtype, head_dim, value_dim, made.block, heavy, keys) for keys in (False, True)
     )
+    if tiled and has == (False, True, False, False, False, has[5]) and not made.block:
+        dim = max(head_dim, value_dim)
+        over_queries = biased_tiles("queries", arch, dim, over_queries)
+        over_keys = biased_tiles("keys", arch, dim, over_keys)
     if dropout and over_queries.columns < 64:
         over_queries = over_queries._replace(columns=64)
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
-    whole = not (bias or d1 or v1) and made.step == 1 and unit == 8
-    over_queries = over_queries._replace(descriptors=over_queries.descriptors and plain[0] and whole)
-    over_keys = over_keys._replace(descriptors=over_keys.descriptors and plain[1] and whole)
-    common = (
-        made.gapless and not bias, d0, d1, v0, v1,
-        d0 + d1 != head_dim, v0 + v1 != value_dim,
-    )  # fmt: skip
+    whole = not (d1 or v1) and made.step == 1 and unit == 8
+    over_queries = over_queries._replace(
+        descriptors=over_queries.descriptors and bool(tiled if bias else plain[0]) and whole
+    )
+    over_keys = over_keys._replace(descriptors=over_keys.descriptors and bool(tiled if bias else plain[1]) and whole)
+    common = d0, d1, v0, v1, d0 + d1 != head_dim, v0 + v1 != value_dim
     last = unit, "tf32" if tf32 else "ieee", kernels().INTERPRETED and dtype == torch.bfloat16
     return Backward(
         made,
@@ -81,6 +91,7 @@ def _backward(
         (
             *made[:4],
             made.monotone[0],
+            made.gapless and (over_queries.descriptors or not bias),
             *common,
             over_queries.rows,
             over_queries.columns,
@@ -88,18 +99,23 @@ def _backward(
             want_slopes,
             *last,
             over_queries.descriptors,
+            2 * FLAGS if over_queries.descriptors and bias else 0,
+            over_queries.descriptors and tiled == A_ROW,
             dependent_launches(arch),
             over_queries.stages,
         ),
         (
             *made[:4],
             made.monotone[1],
+            made.gapless and (over_keys.descriptors or not bias),
             *common,
             over_keys.rows,
             over_keys.columns,
             *has,
             *last,
             over_keys.descriptors,
+            2 * FLAGS if over_keys.descriptors and bias else 0,
+            over_keys.descriptors and tiled == A_ROW,
             plain[2],
             dependent_launches(arch),
             over_keys.stages,
@@ -161,7 +177,10 @@ def backward_work(
         able and attends_to_all(code, k_length, q_length, True),
         statistics,
     )
-    made = _backward(code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, takes_tf32(query), plain)
+    tiled = bias_form(bias, k_length) if able and bias is not None else IN_NUMBERS
+    made = _backward(
+        code, arch, query.dtype, head_dim, value_dim, has, slopes_gradient, unit, takes_tf32(query), plain, tiled
+    )
     if grad_weights is not None:
         grad_weights = grad_weights.contiguous()
         usual = False
@@ -181,6 +200,9 @@ def backward_work(
     delta_tiles = cdiv(q_length, block_r)
     query_tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
     key_tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
+    flags, scratch = None, ()
+    if bias is not None and (made.query_tiles.descriptors or made.key_tiles.descriptors):
+        flags = query.new_empty(2 * FLAGS, dtype=torch.int32)
     launches = [
         Launch(
             kernels().row_delta, (delta_tiles * batch * heads, 1),
@@ -191,16 +213,16 @@ def backward_work(
         Launch(
             kernels().query_gradient, (query_tiles * step * batch * heads, 1),
             (*given, grad_query, grad_slopes, *extras,
-            *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths), *units[:5],
-            *features.strides, numbers, *sizes, query_tiles,
+            *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths, bias, tiled), flags,
+            *units[:5], *features.strides, numbers, *sizes, query_tiles,
             *scales, *features.numbers),
             made.query_constants, made.query_tiles.warps, made.query_tiles.stages, compiled, ("query", kind),
         ),
         Launch(
             kernels().key_value_gradients, (key_tiles * step * batch * kv_heads, 1),
             (*given, grad_key, grad_value, *extras,
-            *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths),
-            *_flat_descriptors(made.key_tiles.rows if statistics else 0, lse, delta), *units[:4],
+            *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths, bias, tiled),
+            *_flat_descriptors(made.key_tiles.rows if statistics else 0, lse, delta), flags, *units[:4],
             *units[5:], *features.strides, numbers, *sizes,
             key_tiles, *scales, *features.numbers),
             made.key_constants, made.key_tiles.warps, made.key_tiles.stages, compiled, ("key", kind),
@@ -213,7 +235,13 @@ def backward_work(
         launches.append(
             _dense(grad_bias, query, key, value, grad_out, grad_weights, lse, delta, operands, code, scale, features)
         )
-    return Work(index, (grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes), (), tuple(launches))
+    if flags is not None:
+        scratch = (flags,)
+        launches[:0] = [
+            look_for_nonfinite(key, value, flags, 0, unit, made.compiled),
+            look_for_nonfinite(query, grad_out, flags, FLAGS, unit, made.compiled),
+        ]
+    return Work(index, (grad_query, grad_key, grad_value, delta, grad_bias, grad_slopes), scratch, tuple(launches))
 
 
 def backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -308,14 +336,17 @@ def _dense(
     )  # fmt: skip
 
 
-def _descriptors(tiles: Tiles, rows: int, first: Tensor, second: Tensor, widths: tuple[int, int]) -> tuple[Any, Any]:
-    """Of what a kernel's loop goes over, `rows` at a time; None where it takes pointers."""
+def _descriptors(
+    tiles: Tiles, rows: int, first: Tensor, second: Tensor, widths: tuple[int, int], bias: Tensor | None, form: int
+) -> tuple[Any, Any, Any]:
+    """Of what a kernel's loop goes over, `rows` at a time, and of the bias; None where it takes pointers."""
     if not tiles.descriptors:
-        return None, None
+        return None, None, None
     make = kernels().TensorDescriptor
     return (
         make(first, first.shape, first.stride(), [1, 1, rows, widths[0]]),
         make(second, second.shape, second.stride(), [1, 1, rows, widths[1]]),
+        None if bias is None else bias_descriptor(bias, tiles, form),
     )
 
 

@@ -15,6 +15,7 @@ from heedful.backend.triton.delta import row_delta
 from heedful.backend.triton.dense import dense_tiles
 from heedful.backend.triton.forward import attention_forward
 from heedful.backend.triton.key_gradient import key_value_gradients
+from heedful.backend.triton.nonfinite import find_nonfinite
 from heedful.backend.triton.query_gradient import query_gradient
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "attention_forward",
     "combine_splits",
     "dense_tiles",
+    "find_nonfinite",
     "key_value_gradients",
     "launch",
     "query_gradient",

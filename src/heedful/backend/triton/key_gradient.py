@@ -12,8 +12,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from heedful.backend.triton.loads import head_of, load_rows, load_tile, store_rows
+from heedful.backend.triton.nonfinite import any_flag
 from heedful.backend.triton.schedule import FAR, residue_class, row_intervals, seen, shown_strides, tile_mask
-from heedful.backend.triton.scores import LOG2E, dropout_keep, rounded, row_features, with_features
+from heedful.backend.triton.scores import (
+    LOG2E,
+    dropout_keep,
+    load_bias,
+    rounded,
+    row_features,
+    tile_of_bias,
+    with_features,
+)
 from heedful.backend.triton.walk import (
     EITHER,
     PARTIAL,
@@ -24,6 +33,7 @@ from heedful.backend.triton.walk import (
     next_tile,
     span_flags,
     start_walk,
+    steps_of,
     tiles_of_kind,
 )
 
@@ -35,7 +45,8 @@ def _key_tile(
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS_TILES: tl.constexpr,
+    BIAS_ROW: tl.constexpr, STATISTICS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries from n = `tile` on give to the gradients of a tile of keys (its rows) and values."""
     key_sum0, key_sum1, value_sum0, value_sum1 = state
@@ -43,7 +54,8 @@ def _key_tile(
     value0, value1 = value
     (
         query, grad, lse, delta, query_stride, grad_stride, query_tiles, grad_tiles, lse_tiles, delta_tiles, bias,
-        bias_strides, slopes, slope_strides, query_offset, offset_strides, grad_weights, seed, operands, numbers,
+        bias_strides, bias_tiles, bias_at, slopes, slope_strides, query_offset, offset_strides, grad_weights, seed,
+        operands, numbers,
     ) = tensors  # fmt: skip
     (
         batch, head, statistics, key_first, q_length, k_length, head_dim, value_dim, query_class, scale, softcap,
@@ -64,10 +76,22 @@ def _key_tile(
     )  # fmt: skip
     biases = keep
     if HAS_BIAS:
-        biases = bias + bias_columns[None, :] + (x.to(tl.int64) * bias_stride)[:, None]
-        keep = keep & (tl.load(biases, mask=keep, other=0).to(tl.float32) != float("-inf"))
+        biases = tl.trans(load_bias(
+            bias, bias_columns, bias_stride, x, k_length, tl.trans(keep) if KIND == PARTIAL else keep, bias_tiles,
+            (bias_at[0], bias_at[1], tile, bias_at[2], bias_at[3]), BLOCK_M, BLOCK_N, BIAS_TILES, BIAS_ROW,
+        ))  # fmt: skip
+        if KIND == PARTIAL:
+            keep = keep & (biases != float("-inf"))
+        elif CLEAN:
+            keep = (biases != float("-inf")) & (x < k_length)[:, None]
+            if partial:
+                keep = keep & tile_mask(
+                    CODE, lows, highs, x, y, n, batch, heads, operands, numbers, k_length, q_length, True
+                )
     there = n >= 0
-    if KIND != WHOLE:
+    if CLEAN:
+        there = tl.max(keep.to(tl.int32), 0) != 0
+    elif KIND != WHOLE and not BIAS_TILES:
         there = seen(CODE, keep, lows, highs, hull, n, GAPLESS)
     first = query_class + CLASSES * tile
     query_base = query + first.to(tl.int64) * query_stride
@@ -78,6 +102,8 @@ def _key_tile(
         query_tiles, batch, head, tile, query_base, query_rows, there, BLOCK_M, D0, head_dim, KIND != WHOLE,
         MASK_D and D1 == 0, WIDE, DESCRIPTORS,
     )  # fmt: skip
+    if CLEAN:
+        query0 = tl.where(there[:, None], query0, 0.0)
     products = tl.dot(key0, tl.trans(query0), input_precision=PRECISION)
     if D1 > 0:
         columns = D0 + tl.arange(0, D1)
@@ -87,6 +113,8 @@ def _key_tile(
         grad_tiles, batch, head, tile, grad_base, grad_rows, there, BLOCK_M, V0, value_dim, KIND != WHOLE,
         MASK_V and V1 == 0, WIDE, DESCRIPTORS,
     )  # fmt: skip
+    if CLEAN:
+        grad0 = tl.where(there[:, None], grad0, 0.0)
     arriving = tl.dot(value0, tl.trans(grad0), input_precision=PRECISION)
     if V1 > 0:
         columns = V0 + tl.arange(0, V1)
@@ -111,9 +139,10 @@ def _key_tile(
     bend = scores
     if HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI:
         distance = tl.abs(place[None, :] - x[:, None]).to(tl.float32)
-        scores, bend, keep = with_features(
-            scores, softcap, biases, slope[None, :], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
-        )
+        scores, bend = with_features(
+            scores, softcap, biases, slope[None, :], distance, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
+            query.dtype.element_ty == tl.float32,
+        )  # fmt: skip
         scores *= LOG2E
     weights = tl.exp2(scores - lse_columns[None, :])
     dropped = weights
@@ -125,7 +154,7 @@ def _key_tile(
         dropped = tl.where(kept, weights * growth, 0.0)
         arriving = tl.where(kept, arriving * growth, 0.0)
     change = weights * (arriving - delta_columns[None, :])
-    if KIND == PARTIAL:
+    if KIND == PARTIAL or CLEAN:
         dropped = tl.where(keep, dropped, 0.0)
         change = tl.where(keep, change, 0.0)
     elif KIND == EITHER:
@@ -156,7 +185,7 @@ def _key_tile(
 )  # fmt: skip
 def key_value_gradients(
     query, key, value, grad, grad_weights, lse, delta, grad_key, grad_value, bias, slopes, seed, query_offset, operands,
-    query_tiles, grad_tiles, lse_tiles, delta_tiles,
+    query_tiles, grad_tiles, bias_tiles, lse_tiles, delta_tiles, flags,
     query_strides, key_strides, value_strides, grad_strides, key_grad_strides, value_grad_strides, bias_strides,
     slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale,
     gradient_scale, softcap, threshold, growth,
@@ -166,7 +195,8 @@ def key_value_gradients(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    STATISTICS: tl.constexpr, DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
+    FLAGS: tl.constexpr, BIAS_ROW: tl.constexpr, STATISTICS: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program has BLOCK_N keys of one key head; row_tiles counts their tiles.
 
@@ -228,19 +258,20 @@ def key_value_gradients(
     value_sum0 = tl.zeros([BLOCK_N, V0], tl.float32)
     value_sum1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 16], tl.float32)
 
-    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
-    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
+    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
+    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
     hull, tiles, first_span, stop_span = start_walk(
         CODE, lows, highs, x, x_first, x_last, operands, numbers, batch, k_length, q_length, query_class, 0, FAR, True,
         CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL, 4 if STATISTICS else 1, BLOCK_M,
     )  # fmt: skip
+    dirty = any_flag(flags, FLAGS)
     for member in tl.range(0, group, num_stages=1):
         head = key_head * group + member
         tensors = (
             head_of(query, batch, head, query_strides, UNIT), head_of(grad, batch, head, grad_strides, UNIT), lse,
             delta, query_strides[2] * UNIT, grad_strides[2] * UNIT, query_tiles, grad_tiles, lse_tiles, delta_tiles,
-            bias, bias_strides, slopes, slope_strides, query_offset, offset_strides, grad_weights, drawn, operands,
-            numbers,
+            bias, bias_strides, bias_tiles, tile_of_bias(batch, head, x_first, bias_strides), slopes, slope_strides,
+            query_offset, offset_strides, grad_weights, drawn, operands, numbers,
         )  # fmt: skip
         statistics = (batch.to(tl.int64) * heads + head) * q_length
         scalars = (
@@ -254,14 +285,15 @@ def key_value_gradients(
             )  # fmt: skip
             for KIND in tl.static_range(FIRST, LAST + 1):
                 count, words, cursor = tiles_of_kind(tiles, some, all, KIND, LAST, INTERVALS)
-                for step in tl.range(0, count, num_stages=STAGES):
-                    at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_M)
-                    key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
-                        at, partial, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x, lows,
-                        highs, hull, tensors, scalars, CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V,
-                        BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS,
-                        PRECISION, WIDE, DESCRIPTORS, STATISTICS,
-                    )  # fmt: skip
+                for CLEAN in tl.static_range(0, 2 if FLAGS else 1):
+                    for step in tl.range(0, steps_of(count, dirty, CLEAN, FLAGS), num_stages=STAGES):
+                        at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_M)
+                        key_sum0, key_sum1, value_sum0, value_sum1 = _key_tile(
+                            at, partial, (key_sum0, key_sum1, value_sum0, value_sum1), key_tile, value_tile, x, lows,
+                            highs, hull, tensors, scalars, CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V,
+                            BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_OFFSET, HAS_WEIGHTS,
+                            PRECISION, WIDE, DESCRIPTORS, FLAGS > 0, BIAS_ROW, STATISTICS, CLEAN == 1,
+                        )  # fmt: skip
 
     base = head_of(grad_key, batch, key_head, key_grad_strides, UNIT)
     at = x.to(tl.int64) * (key_grad_strides[2] * UNIT)

@@ -14,6 +14,7 @@ from heedful.backend.triton.plan import Plan, attends_to_all, plan
 from heedful.backend.triton.tuning import (
     Tiles,
     architecture,
+    biased_tiles,
     forward_tiles,
     key_runs,
     overrides,
@@ -152,13 +153,15 @@ def _forward(
     unit: int,
     tf32: bool,
     plain: bool,
+    tiled: int,
 ) -> Forward:
     made = plan(code)
     softcap, bias, alibi, dropout, offset, sinks = has
     heavy = softcap or bias or dropout or alibi or not made.gapless
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
-    able = plain and not (bias or d1 or v1 or page) and made.step == 1 and unit == 8
+    # Under a bias that comes in tiles, keys that no query sees are taken out of theirs.
+    able = bool(tiled if bias else plain) and not (d1 or v1 or page) and made.step == 1 and unit == 8
     tiles = forward_tiles(
         arch,
         dtype,
@@ -169,6 +172,8 @@ def _forward(
         heavy,
         able and takes_dense_tiles(made.dense, made.one_sided, max(head_dim, value_dim)),
     )
+    if tiled and has == (False, True, False, False, False, sinks) and not (made.block or rows):
+        tiles = biased_tiles("forward", arch, max(head_dim, value_dim), tiles)
     if unit == 1:
         tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 32))
     if dropout and tiles.columns < 64:
@@ -178,11 +183,13 @@ def _forward(
     descriptors = tiles.descriptors and able
     tiles = tiles._replace(descriptors=descriptors)
     constants = (
-        made.code, made.step, made.intervals, made.solid, made.monotone[0], made.gapless and not bias, d0, d1, v0, v1,
+        made.code, made.step, made.intervals, made.solid, made.monotone[0],
+        made.gapless and (descriptors or not bias), d0, d1, v0, v1,
         d0 + d1 != head_dim, v0 + v1 != value_dim, tiles.rows, tiles.columns, pack, page, split, softcap, bias, alibi,
         sinks and not split, dropout, offset, fold, unit, "tf32" if tf32 else "ieee",
         interpreted and dtype == torch.bfloat16, descriptors, descriptors and pack == 1 and not split,
-        dependent, tiles.stages,
+        FLAGS if descriptors and bias else 0, descriptors and tiled == A_ROW,
+        dependent, split and descriptors, tiles.stages,
     )  # fmt: skip
     return Forward(made, tiles, pack, constants, (d0, v0), {})
 
@@ -245,10 +252,12 @@ def forward_work(
     usual = usual and not pointers & 15 and bits < INT32 // 2
     # Of descriptors: every axis has a stride of its own, in multiples of 16 bytes.
     plain = usual and query.element_size() == 2 and 0 not in strides[0] and 0 not in strides[1] and 0 not in strides[2]
+    tiled = bias_form(bias, k_length) if plain and pack == 1 and bias is not None else IN_NUMBERS
     plain = plain and attends_to_all(code, q_length, k_length)
     tf32 = takes_tf32(query)
     fold = scale > 0 and features.plain
-    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, has, fold, unit, tf32, plain)
+    common = has, fold, unit, tf32, plain, tiled
+    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, *common)
     step = made.plan.step
     row_tiles = -(-(-(-q_length // step) * pack) // made.tiles.rows)
     grid_heads = heads // pack
@@ -262,10 +271,10 @@ def forward_work(
         scratch = target, target_lse
         target_strides = target.stride()[1:]
         unit = unit if value_dim % 8 == 0 else 1
-        made = _forward(
-            code, arch, query.dtype, head_dim, value_dim, rows, pack, page, True, has, fold, unit, tf32, plain
-        )
-    query_tiles = key_tiles = value_tiles = out_tiles = None
+        # So that the unit is that of the partial results.
+        common = has, fold, unit, tf32, plain, tiled
+        made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, True, *common)
+    query_tiles = key_tiles = value_tiles = out_tiles = bias_tiles = flags = None
     if made.tiles.descriptors and pack == 1 and splits == 1:
         block = made.tiles.rows
         query_tiles = kernels().TensorDescriptor(query, query.shape, strides[0], [1, 1, block, made.widths[0]])
@@ -274,9 +283,13 @@ def forward_work(
         columns = made.tiles.columns
         key_tiles = kernels().TensorDescriptor(key, key.shape, strides[1], [1, 1, columns, made.widths[0]])
         value_tiles = kernels().TensorDescriptor(value, value.shape, strides[2], [1, 1, columns, made.widths[1]])
+        if bias is not None:
+            bias_tiles = bias_descriptor(bias, made.tiles, tiled)
+            flags = query.new_empty(FLAGS, dtype=torch.int32)
+            scratch = *scratch, flags
     arguments = (
-        query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias, alibi_slopes,
-        sinks, seed, pages, query_offset, tuple(operands),
+        query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias_tiles, flags,
+        bias, alibi_slopes, sinks, seed, pages, query_offset, tuple(operands),
         in_units(strides[0], unit), in_units(strides[1], unit), in_units(strides[2], unit),
         in_units(target_strides, unit), *features.strides, 0 if pages is None else pages.stride(0), numbers,
         grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk,
@@ -289,6 +302,8 @@ def forward_work(
             splits > 1 and dependent_launches(arch),
         )
     ]  # fmt: skip
+    if flags is not None:
+        launches.insert(0, look_for_nonfinite(key, value, flags, 0, unit, made.compiled))
     if splits > 1:
         rows_of_all = batch * heads * q_length
         block = min(128, max(16, 1 << (value_dim - 1).bit_length()))
@@ -381,6 +396,50 @@ def broadcast_strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
         return _NO_STRIDES[count]
     found = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return hidden(found + [0] * (count - len(found)))
+
+
+# How a bias comes: number by number, as a tile of queries and keys by a descriptor, or as a row for all queries.
+IN_NUMBERS, IN_TILES, A_ROW = 0, 1, 2
+
+
+def bias_form(bias: Tensor, k_length: int) -> int:
+    """The best of these; descriptors take rows in multiples of 16 bytes."""
+    size, strides = bias.element_size(), bias.stride()
+    if bias.shape[3] != k_length or size not in (2, 4):
+        return IN_NUMBERS
+    if bias.shape[2] == 1 or strides[2] == 0:
+        return A_ROW
+    return IN_TILES if strides[3] == 1 and not any(stride * size % 16 for stride in strides[:3]) else IN_NUMBERS
+
+
+# Of one launch of `look_for_nonfinite`, and rows of a tile.
+FLAGS, FLAG_ROWS = 256, 64
+
+
+def look_for_nonfinite(
+    first: Tensor, second: Tensor, flags: Tensor, place: int, unit: int, compiled: dict[Hashable, Any]
+) -> Launch:
+    """Sets FLAGS flags from `place` on, for two tensors (B, H, L, D or Dv)."""
+    batch, heads, length, width = first.shape
+    tiles = cdiv(length, FLAG_ROWS)
+    columns = [max(16, 1 << (tensor.shape[3] - 1).bit_length()) for tensor in (first, second)]
+    return Launch(
+        kernels().find_nonfinite, (FLAGS, 1),
+        (first, second, flags, in_units(first.stride(), unit), in_units(second.stride(), unit), heads, length, width,
+        second.shape[3], tiles, tiles * batch * heads, place),
+        (FLAG_ROWS, *columns, unit), 4, 1, compiled, "flags",
+    )  # fmt: skip
+
+
+def bias_descriptor(bias: Tensor, tiles: Tiles, form: int) -> Any:
+    """Of a bias that comes in tiles, otherwise None; an axis that repeats is one element long."""
+    if form != IN_TILES:
+        return None
+    sizes, strides = list(bias.shape), list(bias.stride())
+    for axis in (0, 1):
+        if strides[axis] == 0 or sizes[axis] == 1:
+            sizes[axis], strides[axis] = 1, strides[2]
+    return kernels().TensorDescriptor(bias, sizes, strides, [1, 1, tiles.rows, tiles.columns])
 
 
 def operand_numbers(operands: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], ...], bool, bool]:

@@ -12,8 +12,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from heedful.backend.triton.loads import head_of, load_rows, load_tile, store_rows
+from heedful.backend.triton.nonfinite import any_flag
 from heedful.backend.triton.schedule import FAR, residue_class, row_intervals, seen, shown_strides, tile_mask
-from heedful.backend.triton.scores import LOG2E, dropout_keep, rounded, row_features, with_features
+from heedful.backend.triton.scores import (
+    LOG2E,
+    dropout_keep,
+    load_bias,
+    rounded,
+    row_features,
+    tile_of_bias,
+    with_features,
+)
 from heedful.backend.triton.walk import (
     EITHER,
     PARTIAL,
@@ -24,6 +33,7 @@ from heedful.backend.triton.walk import (
     next_tile,
     span_flags,
     start_walk,
+    steps_of,
     tiles_of_kind,
 )
 
@@ -35,7 +45,8 @@ def _query_tile(
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, WANT_SLOPES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS_TILES: tl.constexpr,
+    BIAS_ROW: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys from n = `tile` on give to the gradient of a tile of queries."""
     sum0, sum1, slope_sum = state
@@ -43,8 +54,8 @@ def _query_tile(
     grad0, grad1 = grad
     x, head, bias_rows, slope, place, lse, delta, statistics = rows
     (
-        key, value, key_stride, value_stride, key_tiles, value_tiles, bias, bias_stride, grad_weights, seed, operands,
-        numbers,
+        key, value, key_stride, value_stride, key_tiles, value_tiles, bias, bias_stride, bias_tiles, bias_at,
+        grad_weights, seed, operands, numbers,
     ) = tensors  # fmt: skip
     batch, key_head, q_length, k_length, head_dim, value_dim, key_class, scale, softcap, threshold, growth = scalars
     n = tile + tl.arange(0, BLOCK_N)
@@ -56,10 +67,23 @@ def _query_tile(
         keep = tile_mask(CODE, lows, highs, x, y, n, batch, head, operands, numbers, q_length, k_length, False)
     biases = keep
     if HAS_BIAS:
-        biases = bias + bias_rows[:, None] + (y.to(tl.int64) * bias_stride)[None, :]
-        keep = keep & (tl.load(biases, mask=keep, other=0).to(tl.float32) != float("-inf"))
+        biases = load_bias(
+            bias, bias_rows, bias_stride, y, k_length, keep, bias_tiles,
+            (bias_at[0], bias_at[1], bias_at[2], tile, bias_at[3]), BLOCK_M, BLOCK_N, BIAS_TILES, BIAS_ROW,
+        )  # fmt: skip
+        if KIND == PARTIAL:
+            keep = keep & (biases != float("-inf"))
+        elif CLEAN:
+            # Rows beyond the last query have a bias of 0.
+            keep = (biases != float("-inf")) & (x < q_length)[:, None]
+            if partial:
+                keep = keep & tile_mask(
+                    CODE, lows, highs, x, y, n, batch, head, operands, numbers, q_length, k_length, False
+                )
     there = n >= 0
-    if KIND != WHOLE:
+    if CLEAN:
+        there = tl.max(keep.to(tl.int32), 0) != 0
+    elif KIND != WHOLE and not BIAS_TILES:
         there = seen(CODE, keep, lows, highs, hull, n, GAPLESS)
     first = key_class + CLASSES * tile
     key_base = key + first.to(tl.int64) * key_stride
@@ -70,6 +94,8 @@ def _query_tile(
         key_tiles, batch, key_head, tile, key_base, key_rows, there, BLOCK_N, D0, head_dim, KIND != WHOLE,
         MASK_D and D1 == 0, WIDE, DESCRIPTORS,
     )  # fmt: skip
+    if CLEAN:
+        keys0 = tl.where(there[:, None], keys0, 0.0)
     products = tl.dot(query0, tl.trans(keys0), input_precision=PRECISION)
     if D1 > 0:
         columns = D0 + tl.arange(0, D1)
@@ -93,16 +119,17 @@ def _query_tile(
     distance = scores
     if HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI:
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
-        scores, bend, keep = with_features(
-            scores, softcap, biases, slope[:, None], distance, keep, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI
-        )
+        scores, bend = with_features(
+            scores, softcap, biases, slope[:, None], distance, HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI,
+            key.dtype.element_ty == tl.float32,
+        )  # fmt: skip
         scores *= LOG2E
     weights = tl.exp2(scores - lse[:, None])
     if HAS_DROPOUT:
         kept = dropout_keep(seed, threshold, x, head, batch, first, y, BLOCK_M, BLOCK_N, CLASSES == 1)
         arriving = tl.where(kept, arriving * growth, 0.0)
     change = weights * (arriving - delta[:, None])
-    if KIND == PARTIAL:
+    if KIND == PARTIAL or CLEAN:
         change = tl.where(keep, change, 0.0)
     elif KIND == EITHER:
         if partial:
@@ -129,7 +156,7 @@ def _query_tile(
 )  # fmt: skip
 def query_gradient(
     query, key, value, grad, grad_weights, lse, delta, grad_query, grad_slopes, bias, slopes, seed, query_offset,
-    operands, key_tiles, value_tiles,
+    operands, key_tiles, value_tiles, bias_tiles, flags,
     query_strides, key_strides, value_strides, grad_strides, query_grad_strides, bias_strides, slope_strides,
     offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale, gradient_scale,
     softcap, threshold, growth,
@@ -140,7 +167,7 @@ def query_gradient(
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     WANT_SLOPES: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
+    FLAGS: tl.constexpr, BIAS_ROW: tl.constexpr, DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Arguments as of `attention_forward`; scale is times log2(e) where there are no features.
 
@@ -204,8 +231,8 @@ def query_gradient(
         drawn = tl.load(seed)
     tensors = (
         head_of(key, batch, key_head, key_strides, UNIT), head_of(value, batch, key_head, value_strides, UNIT),
-        key_strides[2] * UNIT, value_strides[2] * UNIT, key_tiles, value_tiles, bias, bias_stride, grad_weights, drawn,
-        operands, numbers,
+        key_strides[2] * UNIT, value_strides[2] * UNIT, key_tiles, value_tiles, bias, bias_stride, bias_tiles,
+        tile_of_bias(batch, head, x_first, bias_strides), grad_weights, drawn, operands, numbers,
     )  # fmt: skip
     scalars = (batch, key_head, q_length, k_length, head_dim, value_dim, key_class, scale, softcap, threshold, growth)
     rows = (x, head + x * 0, bias_rows, slope, place, lse_rows, delta_rows, statistics)
@@ -215,12 +242,13 @@ def query_gradient(
     sum1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], tl.float32)
     slope_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
-    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS)
+    FIRST: tl.constexpr = first_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
+    LAST: tl.constexpr = last_kind(INTERVALS, SOLID, GAPLESS, HAS_BIAS and not FLAGS)
     hull, tiles, first_span, stop_span = start_walk(
         CODE, lows, highs, x, x_first, x_last, operands, numbers, batch, q_length, k_length, key_class, 0, FAR, False,
-        CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL, BLOCK_N if HAS_DROPOUT else 1, BLOCK_N,
+        CLASSES, INTERVALS, MONOTONE, LAST != PARTIAL, BLOCK_N if HAS_DROPOUT else 8 if FLAGS else 1, BLOCK_N,
     )  # fmt: skip
+    dirty = any_flag(flags, FLAGS)
     for span in tl.range(first_span, stop_span, num_stages=1):
         some, all = span_flags(
             CODE, span, lows, highs, x, x_first, x_last, batch, head, operands, numbers, q_length, k_length, BLOCK_M,
@@ -228,14 +256,15 @@ def query_gradient(
         )  # fmt: skip
         for KIND in tl.static_range(FIRST, LAST + 1):
             count, words, cursor = tiles_of_kind(tiles, some, all, KIND, LAST, INTERVALS)
-            for step in tl.range(0, count, num_stages=STAGES):
-                at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_N)
-                sum0, sum1, slope_sum = _query_tile(
-                    at, partial, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, hull, tensors,
-                    scalars, CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
-                    HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
-                    DESCRIPTORS,
-                )  # fmt: skip
+            for CLEAN in tl.static_range(0, 2 if FLAGS else 1):
+                for step in tl.range(0, steps_of(count, dirty, CLEAN, FLAGS), num_stages=STAGES):
+                    at, partial, cursor = next_tile(step, span, tiles, words, cursor, KIND, INTERVALS, BLOCK_N)
+                    sum0, sum1, slope_sum = _query_tile(
+                        at, partial, (sum0, sum1, slope_sum), query_tile, grad_tile, rows, lows, highs, hull, tensors,
+                        scalars, CODE, CLASSES, GAPLESS, KIND, D0, D1, V0, V1, MASK_D, MASK_V, BLOCK_M, BLOCK_N,
+                        HAS_SOFTCAP, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_WEIGHTS, WANT_SLOPES, PRECISION, WIDE,
+                        DESCRIPTORS, FLAGS > 0, BIAS_ROW, CLEAN == 1,
+                    )  # fmt: skip
 
     if WANT_SLOPES:
         tl.store(grad_slopes + statistics, slope_sum, mask=there)

@@ -13,12 +13,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tanh(x):
-    """To a few units in the last place, also near 0, where 1 - 2 / (e^2x + 1) cancels; Triton has none of its own."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    bounded = tl.minimum(tl.maximum(x, -20.0), 20.0)
-    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * bounded) + 1))
+def tanh(x, EXACT: tl.constexpr):
+    """To 1e-7, or with EXACT to a few units in the last place, also near 0, where 1 - 2 / (e^2x + 1) cancels.
+
+    Triton has none of its own.
+    """
+    found = 1 - 2 / (tl.exp(2 * x) + 1)
+    if EXACT:
+        square = x * x
+        series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        found = tl.where(tl.abs(x) < 0.25, series, found)
+    return found
 
 
 @triton.jit
@@ -49,6 +54,37 @@ def row_features(
 
 
 @triton.jit
+def tile_of_bias(batch, head, x, bias_strides):
+    """Where a tile of queries is in a bias that has one item or head for all of them where that stride is 0, and where
+    their head begins."""
+    strides = shown_strides(bias_strides)
+    begin = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return tl.where(strides[0] == 0, 0, batch), tl.where(strides[1] == 0, 0, head), x, begin
+
+
+@triton.jit
+def load_bias(
+    bias, rows, stride, y, k_length, keep, bias_tiles, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """The bias of a tile (queries, keys) as float32: by a descriptor what is there of it, by pointers where `keep`, or
+    with ROW the same for all queries.
+
+    at: the tile's batch item, head, first query and first key, and where the head begins. y: keys.
+    """
+    if ROW:
+        place = bias + at[4] + y.to(tl.int64) * stride
+        row = tl.load(place, mask=y < k_length, other=0).to(tl.float32)
+        return tl.broadcast_to(row[None, :], [BLOCK_M, BLOCK_N])
+    elif TILES:
+        batch, head, x, first, _row = at
+        return tl.reshape(bias_tiles.load([batch, head, x, first]), [BLOCK_M, BLOCK_N]).to(tl.float32)
+    else:
+        place = bias + rows[:, None] + (y.to(tl.int64) * stride)[None, :]
+        return tl.load(place, mask=keep, other=0).to(tl.float32)
+
+
+@triton.jit
 def rounded(numbers, like, WIDE: tl.constexpr):
     """Numbers in the type of the other side of a product; in the interpreter that of bfloat16 is float32."""
     if WIDE:
@@ -59,25 +95,23 @@ def rounded(numbers, like, WIDE: tl.constexpr):
 
 @triton.jit
 def with_features(
-    scores, softcap, bias, slope, distance, keep, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
+    scores, softcap, bias, slope, distance, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Scaled products of a tile as scores, beside them tanh of the softcap, and the pairs that a bias leaves.
+    """Scaled products of a tile as scores, -inf where the bias is, and beside them tanh of the softcap.
 
-    bias points at each pair's own; slope and distance broadcast to the tile. It may be a tile of queries and keys or of
-    keys and queries.
+    EXACT: inputs are float32. slope and distance broadcast to the tile, of queries and keys or of keys and queries.
     """
     bend = scores
     if HAS_SOFTCAP:
-        bend = tanh(scores / softcap)
+        bend = tanh(scores * (1 / softcap), EXACT)
         scores = softcap * bend
     if HAS_BIAS:
-        added = tl.load(bias, mask=keep, other=0).to(tl.float32)
-        keep = keep & (added != float("-inf"))
-        scores += added
+        # A product with a key that holds NaN does not count there.
+        scores = tl.where(bias == float("-inf"), bias, scores + bias)
     if HAS_ALIBI:
         scores -= slope * distance
-    return scores, bend, keep
+    return scores, bend
 
 
 @triton.jit

@@ -247,6 +247,15 @@ def tiles_of_kind(tiles, some, all, KIND: tl.constexpr, LAST: tl.constexpr, INTE
 
 
 @triton.jit
+def steps_of(count, dirty, CLEAN: tl.constexpr, FLAGS: tl.constexpr):
+    """Of two loops over the same tiles, the one that takes out rows and the one that need not, one has none."""
+    if FLAGS:
+        return tl.where(dirty == (CLEAN == 1), count, 0)
+    else:
+        return count
+
+
+@triton.jit
 def next_tile(step, span, tiles, words, cursor, KIND: tl.constexpr, INTERVALS: tl.constexpr, TILE: tl.constexpr):
     """Where the next tile begins, whether it is partial, and the cursor after it."""
     if INTERVALS:
