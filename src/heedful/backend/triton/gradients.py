@@ -33,7 +33,7 @@ from heedful.backend.triton.launch import (
     takes_tf32,
 )
 from heedful.backend.triton.plan import Plan, attends_to_all, plan
-from heedful.backend.triton.tuning import Tiles, backward_tiles, biased_tiles, split_dim
+from heedful.backend.triton.tuning import Tiles, backward_tiles, biased_tiles, split_dim, takes_all
 from heedful.patterns.schedule import Schedule
 
 
@@ -65,23 +65,31 @@ def _backward(
 ) -> Backward:
     made = plan(code)
     softcap, bias, alibi, dropout, _, _ = has
-    heavy = softcap or bias or dropout or alibi or not made.gapless
+    d0, d1 = split_dim(head_dim, unit)
+    v0, v1 = split_dim(value_dim, unit)
+    dim = max(head_dim, value_dim)
+    features = softcap or bias or dropout or alibi
+    whole = not (d1 or v1) and made.step == 1 and unit == 8
+    able = [bool(tiled if bias else plain[keys]) and whole for keys in (False, True)]
     over_queries, over_keys = (
-        backward_tiles(arch, dtype, head_dim, value_dim, made.block, heavy, keys) for keys in (False, True)
+        backward_tiles(
+            arch,
+            dtype,
+            head_dim,
+            value_dim,
+            made.block,
+            (features and not (able[keys] and takes_all(arch, dim))) or not made.gapless,
+            keys,
+        )
+        for keys in (False, True)
     )
     if tiled and has == (False, True, False, False, False, has[5]) and not made.block:
-        dim = max(head_dim, value_dim)
         over_queries = biased_tiles("queries", arch, dim, over_queries)
         over_keys = biased_tiles("keys", arch, dim, over_keys)
     if dropout and over_queries.columns < 64:
         over_queries = over_queries._replace(columns=64)
-    d0, d1 = split_dim(head_dim, unit)
-    v0, v1 = split_dim(value_dim, unit)
-    whole = not (d1 or v1) and made.step == 1 and unit == 8
-    over_queries = over_queries._replace(
-        descriptors=over_queries.descriptors and bool(tiled if bias else plain[0]) and whole
-    )
-    over_keys = over_keys._replace(descriptors=over_keys.descriptors and bool(tiled if bias else plain[1]) and whole)
+    over_queries = over_queries._replace(descriptors=over_queries.descriptors and able[0])
+    over_keys = over_keys._replace(descriptors=over_keys.descriptors and able[1])
     common = d0, d1, v0, v1, d0 + d1 != head_dim, v0 + v1 != value_dim
     last = unit, "tf32" if tf32 else "ieee", kernels().INTERPRETED and dtype == torch.bfloat16
     return Backward(
@@ -200,7 +208,8 @@ def backward_work(
     delta_tiles = cdiv(q_length, block_r)
     query_tiles = cdiv(cdiv(q_length, step), made.query_tiles.rows)
     key_tiles = cdiv(cdiv(k_length, step), made.key_tiles.columns)
-    flags, scratch = None, ()
+    flags = None
+    scratch: tuple[Tensor, ...] = ()
     if bias is not None and (made.query_tiles.descriptors or made.key_tiles.descriptors):
         flags = query.new_empty(2 * FLAGS, dtype=torch.int32)
     launches = [

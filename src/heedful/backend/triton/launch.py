@@ -19,6 +19,7 @@ from heedful.backend.triton.tuning import (
     key_runs,
     overrides,
     split_dim,
+    takes_all,
     takes_dense_tiles,
 )
 
@@ -157,11 +158,13 @@ def _forward(
 ) -> Forward:
     made = plan(code)
     softcap, bias, alibi, dropout, offset, sinks = has
-    heavy = softcap or bias or dropout or alibi or not made.gapless
     d0, d1 = split_dim(head_dim, unit)
     v0, v1 = split_dim(value_dim, unit)
+    dim = max(head_dim, value_dim)
     # Under a bias that comes in tiles, keys that no query sees are taken out of theirs.
     able = bool(tiled if bias else plain) and not (d1 or v1 or page) and made.step == 1 and unit == 8
+    features = softcap or bias or dropout or alibi
+    light = able and takes_all(arch, dim) and not rows
     tiles = forward_tiles(
         arch,
         dtype,
@@ -169,11 +172,11 @@ def _forward(
         value_dim,
         rows,
         made.block,
-        heavy,
-        able and takes_dense_tiles(made.dense, made.one_sided, max(head_dim, value_dim)),
+        (features and not light) or not made.gapless,
+        able and not features and takes_dense_tiles(made.dense, made.one_sided, dim),
     )
     if tiled and has == (False, True, False, False, False, sinks) and not (made.block or rows):
-        tiles = biased_tiles("forward", arch, max(head_dim, value_dim), tiles)
+        tiles = biased_tiles("forward", arch, dim, tiles)
     if unit == 1:
         tiles = tiles._replace(rows=min(tiles.rows, 64), columns=min(tiles.columns, 32))
     if dropout and tiles.columns < 64:
