@@ -10,7 +10,7 @@ from inputs import all_features
 from tolerance import expected
 
 import heedful
-from heedful import Causal, Dilated, Documents, Full, Longformer, Padding, Pattern, SlidingWindow, choose
+from heedful import BigBird, Causal, Dilated, Documents, Full, Longformer, Padding, Pattern, SlidingWindow, choose
 from heedful.backend.triton import kept, shortcuts
 
 pytestmark = pytest.mark.gpu
@@ -219,6 +219,26 @@ def test_a_device_that_is_not_the_current_one(two_devices) -> None:
             assert out.device == device
             check(out.detach(), *(leaf.detach() for leaf in leaves), pattern=Causal())
         assert torch.cuda.current_device() == 0
+
+
+def test_patterns_and_caches_on_a_device_that_is_not_the_current_one(two_devices) -> None:
+    for device in (two_devices, torch.device("cuda", 0)):
+        q, k, v = inputs(device=device)
+        bias = torch.randn(1, 1, q.shape[2], k.shape[2], device=device, dtype=q.dtype)
+        for pattern in (SlidingWindow(40), Longformer(20, 3), BigBird(32, 3, 1, 1)):
+            for _ in range(3):
+                check(heedful.attention(q, k, v, pattern=pattern, backend="triton"), q, k, v, pattern=pattern)
+            out = heedful.attention(q, k, v, pattern=pattern, bias=bias, backend="triton")
+            wanted = heedful.attention(q, k, v, pattern=pattern, bias=bias, backend="reference")
+            torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
+        for options in ({}, {"block_size": 64}, {"window": 63}):
+            cache = heedful.KVCache(**options)
+            for length in (100, 1, 1, 1):
+                given = [torch.randn(2, heads, length, 64, device=device, dtype=q.dtype) for heads in (8, 2, 2)]
+                out = heedful.attention(*given, causal=True, cache=cache, backend="triton")
+            assert out.device == device
+            assert out.isfinite().all()
+    assert torch.cuda.current_device() == 0
 
 
 def test_tensors_of_several_devices_are_refused(two_devices) -> None:

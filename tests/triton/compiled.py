@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Any, int, torch.dtype]] = {
         ("bigbird", BigBird(64, 3, 2, 3), 128, torch.bfloat16),
         ("documents", Documents(ENDS, within=Causal()), 128, torch.bfloat16),
         ("causal", Causal(), 128, torch.float32),
+        ("bias", Full(), 128, torch.bfloat16),
     )
 }
 
@@ -95,9 +96,10 @@ def main() -> None:
         length = 2048
         q, k, v = (torch.empty(1, 144, length, dim, dtype=dtype) for _ in range(3))
         operands, code = pattern.operands(length, length), pattern.schedule.encode()
-        out, lse = launch.forward(q, k, v, operands, code, dim**-0.5, False)
+        bias = torch.empty(1, 1, length, length, dtype=dtype) if "bias" in case else None
+        out, lse = launch.forward(q, k, v, operands, code, dim**-0.5, False, bias)
         gradients.backward(
-            out, q, k, v, out, lse, operands, code, dim**-0.5, None, None, 0.0, 0.0, None, None, None, False, False
+            out, q, k, v, out, lse, operands, code, dim**-0.5, bias, None, 0.0, 0.0, None, None, None, False, False
         )
         if "full" in case:
             launch.forward(q[:, :8, :1], k[:, :8], v[:, :8], operands, code, dim**-0.5, False)

@@ -37,8 +37,13 @@ def document(result: dict[str, Any]) -> Document:
         first = sum(goal["reached"] != "no" for goal in goals)
         full = sum(goal["reached"] == "goal" for goal in goals)
         summary.append(f"Of {len(goals)} aims {first} are reached, {full} with their goal.")
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for peer in row.get("errors", {}).items():
+            missing.setdefault(peer, []).append(row["name"])
     summary += [
-        f"Not beside it in {row['name']}: {who} ({why})." for row in rows for who, why in row.get("errors", {}).items()
+        f"Not beside it in {names[0] if len(names) == 1 else f'{len(names)} calls'}: {who} ({why})."
+        for (who, why), names in missing.items()
     ]
     failures = [
         f"numerical check failed: {check['name']}" for row in rows for check in row["checks"] if not check["passed"]
