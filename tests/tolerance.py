@@ -113,7 +113,8 @@ def expected(
         queries, keys, values = (leaves[name].nan_to_num(0, 0, 0) for name in "qkv")
         keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         scores = scale * queries @ keys.mT
-        distance = (torch.arange(q_length)[:, None] + k_length - q_length - torch.arange(k_length)).abs().double()
+        positions = torch.arange(max(q_length, k_length), device=q.device)
+        distance = (positions[:q_length, None] + k_length - q_length - positions[:k_length]).abs().double()
         largest = _row_max(scores.abs())
         if bias is not None:
             largest = largest + _row_max(leaves["bias"].where(bias.isfinite(), 0.0).abs().expand_as(scores))
