@@ -55,7 +55,8 @@ def attend_tile(
 ):  # fmt: skip
     """The running output, sums and maxima of a tile's rows, with the keys from n = `tile` on.
 
-    partial: whether some of its pairs do not count, where KIND is EITHER.
+    partial: whether some of its pairs do not count, where KIND is EITHER. BIAS_TILES: the bias comes as a tile, or with
+    BIAS_ROW as a row of one. CLEAN: values that no row attends to are taken out, since there are NaNs or infinities.
     """
     out0, out1, total, peak = state
     query0, query1 = query

@@ -48,7 +48,10 @@ def _key_tile(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS_TILES: tl.constexpr,
     BIAS_ROW: tl.constexpr, STATISTICS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries from n = `tile` on give to the gradients of a tile of keys (its rows) and values."""
+    """Adds what the queries from n = `tile` on give to the gradients of a tile of keys (its rows) and values.
+
+    Arguments as of `attend_tile`; CLEAN is about queries and their gradients.
+    """
     key_sum0, key_sum1, value_sum0, value_sum1 = state
     key0, key1 = key
     value0, value1 = value
