@@ -48,7 +48,7 @@ def _query_tile(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS_TILES: tl.constexpr,
     BIAS_ROW: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys from n = `tile` on give to the gradient of a tile of queries; arguments as of `attend_tile`."""
+    """Adds what the keys from n = `tile` on give to the gradient of a tile of queries; the rest as of `attend_tile`."""
     sum0, sum1, slope_sum = state
     query0, query1 = query
     grad0, grad1 = grad
