@@ -78,6 +78,11 @@ def calls() -> dict[str, dict[str, Any]]:
             )
             found[f"gradients {kind}"] = call(1024, 1024, dtype=dtype, dim=64, gradients=True, causal=causal)
     found["gradients D 64 Dv 128"] = call(1024, 1024, dim=64, value_dim=128, gradients=True)
+    for dim, group in ((64, 1), (128, 1), (128, 4)):
+        for length in (197, 577, 1001, 3001, 8001):
+            for causal in (False, True):
+                kind = f"D {dim} group {group} {'causal' if causal else 'full'}"
+                found[f"a text's length {length} {kind}"] = call(length, length, dim=dim, group=group, causal=causal)
     for queries in (1, 4, 16, 64):
         for keys in (256, 1024, 4096, 16384):
             for group, batch in ((1, 1), (1, 4), (4, 1), (4, 16)):

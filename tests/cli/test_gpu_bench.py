@@ -20,6 +20,7 @@ TINY = [
     Case("window", "window 8 64", "window", 64, 64, 16, 1, 2, 1),
     Case("backward", "backward d16 full 64", "full", 64, 64, 16, 1, 2, 2, (FLASH,), (Goal(FLASH, 1e9, 1e9),)),
     Case("decode", "decode", "full", 1, 64, 16, 1, 4, 2, (), (Goal(COPY, 0.0, 1e9),)),
+    Case("decode", "decode a window", "window", 1, 64, 16, 1, 4, 2),
     Case("patterns", "pattern full", "full", 64, 64, 16, 1, 2, 2),
     Case("patterns", "pattern documents", "documents causal", 64, 64, 16, 1, 2, 2),
 ]  # fmt: skip
@@ -65,6 +66,7 @@ def test_every_row_has_its_checks_and_its_figures(result):
     assert rows["backward d16 full 64"]["goals"][0]["reached"] == "no"
     assert rows["decode"]["goals"][0]["measured"] > 0
     assert rows["front door"]["seconds"]["SDPA"] > 0
+    assert rows["front door"]["new_length"]["heedful"] > 0
 
 
 def test_a_failed_check_leaves_no_figure(monkeypatch):
@@ -92,6 +94,8 @@ def test_stored_runs_are_joined_and_written(result, tmp_path):
     assert "first aim (SDPA flash), goal (the best)" in lines["forward d16 causal 64"]
     assert lines["documents"].startswith("| documents |")
     assert "of a copy's bandwidth" in lines["decode"]
+    assert lines["decode a window"].count("| – ") == 3
+    assert "that was not seen before: heedful" in text
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert "FAILED" not in (tmp_path / "r.html").read_text()
     assert json.loads(bench(*stored, "--json").stdout)["runs"][1]["command"] == "heedful bench --gpu"
@@ -124,7 +128,7 @@ def test_the_table_holds_every_aim():
         for kind in ("full", "causal"):
             assert {f"forward d{dim} {kind} {length}" for length in (1024, 2048, 4096, 8192, 16384)} <= names
     assert {f"window 1024 {length}" for length in (16384, 32768, 65536)} <= names
-    assert len([case for case in found if case.section == "decode"]) == 2
+    assert len([case for case in found if case.section == "decode"]) == 3
     assert {case.name for case in cases(quick=True)} < names
-    assert all(case.goals for case in found if case.section != "patterns")
+    assert all(case.goals for case in found if case.section != "patterns" and "1024 of" not in case.name)
     assert gpu_cases.named(found, "window") == [case for case in found if case.section == "window"]

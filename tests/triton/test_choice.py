@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heedful import Causal, Chunked, Full, Longformer, Mask, Padding, SlidingWindow
+from heedful import Causal, Chunked, Dilated, Documents, Full, Longformer, Mask, Padding, SlidingWindow
 from heedful.backend.sdpa import SdpaBackend
-from heedful.backend.triton.plan import attends_to_all, plan
+from heedful.backend.triton.plan import FAR, attends_to_all, keys_between, plan
 from heedful.backend.triton.prefer import triton_is_faster
 from heedful.backend.triton.tuning import Tiles, architecture, forward_tiles, key_runs, split_dim, takes_dense_tiles
 from heedful.problem import Problem
@@ -33,8 +33,11 @@ def problem(pattern=None, q_length=1024, k_length=1024, dtype=torch.bfloat16, fe
         problem(value_dim=128),
         problem(head_dim=512, value_dim=512),
         problem(dtype=torch.float32, kv_heads=2),
-        problem(batch=64, q_length=1, k_length=4096, kv_heads=2),
-        problem(batch=16, q_length=1, k_length=4096),
+        problem(dtype=torch.float32, batch=16, q_length=1, k_length=4096),
+        problem(q_length=1000, k_length=1000, features=("gradient",)),
+        problem(q_length=1000, k_length=1000, dtype=torch.float32),
+        problem(q_length=1000, k_length=1000, head_dim=256, value_dim=256),
+        problem(batch=8, q_length=12_001, k_length=12_001),
         problem(features=("bias",), dtype=torch.float32),
         problem(Causal(), features=("bias",), dtype=torch.float32),
         problem(features=("bias", "gradient"), dtype=torch.float32),
@@ -64,6 +67,10 @@ def test_plain_attention_is_left_to_sdpa(call) -> None:
         problem(q_length=1, k_length=4096, kv_heads=2),
         problem(batch=64, q_length=4, k_length=4096, kv_heads=2),
         problem(q_length=40, k_length=4096),
+        problem(batch=64, q_length=1, k_length=4096, kv_heads=2),
+        problem(batch=16, q_length=1, k_length=4096),
+        problem(q_length=1000, k_length=1000),
+        problem(Causal(), q_length=3001, k_length=3001),
         problem(q_length=1, k_length=16),
         problem(Causal(), dtype=torch.float32, kv_heads=2),
         problem(dtype=torch.float32, kv_heads=2, q_length=8192, k_length=8192),
@@ -119,12 +126,47 @@ def test_what_tensors_say_is_not_known_to_attend_to_all() -> None:
         assert not attends_to_all(pattern.schedule.encode(), 4, 4)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 8])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SlidingWindow(3), SlidingWindow(3, 0), SlidingWindow(0, 2, offset=4), SlidingWindow(4, None) & Causal(),
+        Chunked(5), Chunked(4) & Causal(), Chunked(40) & SlidingWindow(6), Dilated(3, 4),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_keys_that_consecutive_queries_see_lie_close_together(pattern, queries) -> None:
+    bound = keys_between(pattern.schedule.encode(), queries)
+    dense = pattern.dense(31, 40)[0, 0]
+    widest = 0
+    for first in range(31 - queries + 1):
+        seen = dense[first : first + queries].any(0).nonzero().flatten().tolist()
+        widest = max(widest, seen[-1] - seen[0] + 1 if seen else 0)
+    assert widest <= bound <= widest + queries + 5
+
+
+def test_of_most_patterns_it_is_not_known_how_close_keys_lie() -> None:
+    documents = Documents(torch.tensor([0, 5, 9], dtype=torch.int32), within=SlidingWindow(2, 0))
+    for pattern in (Full(), Causal(), MASKED, Longformer(2, 1), SlidingWindow(4, None) & Causal(-2), documents):
+        assert keys_between(pattern.schedule.encode(), 4) == FAR
+
+
 @pytest.mark.parametrize("programs", [1, 8, 32, 100, 131, 200, 400])
 @pytest.mark.parametrize("keys", [1, 100, 511, 513, 4096, 16384, 100_001])
 @pytest.mark.parametrize("few_rows", [True, False])
 def test_runs_of_keys_cover_them(programs, keys, few_rows) -> None:
-    count, length = key_runs(programs, 132, keys, 1, few_rows)
+    count, length = key_runs(programs, 132, keys, few_rows, programs * (4 if few_rows else 128))
     assert (count, length) == (1, 0) or (count - 1) * length < keys <= count * length
+
+
+def test_keys_are_cut_where_that_is_worth_putting_results_together() -> None:
+    def count(programs: int, keys: int, rows: int = 0) -> int:
+        return key_runs(programs, 132, keys, rows == 0, rows or programs)[0]
+
+    assert count(8, 16384) == 16
+    assert count(132, 16384) == 1
+    # Of 8,192 rows: cut for 64 programs, but not for 128, which fill the device once, nor for few keys.
+    assert [count(64, 2048, 8192), count(128, 2048, 8192), count(64, 512, 8192), count(128, 8192, 8192)] == [4, 1, 1, 2]
 
 
 def test_architectures() -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 from inputs import MEMORY, all_features, attention_inputs, pattern_examples
 
-from heedful import Causal, Dilated, Full, Longformer, Padding, SlidingWindow, attention
+from heedful import Causal, Chunked, Dilated, Full, Longformer, Padding, SlidingWindow, attention
+from heedful.backend.triton.launch import forward_work
 
+CHUNKS = Chunked(400) & Causal()
+SHIFTED = SlidingWindow(900, 30, offset=torch.tensor([1500], dtype=torch.int32))
 EXAMPLES = range(len(pattern_examples(2, 2, 5, 7)))
 
 
@@ -92,11 +95,19 @@ def test_an_attended_nan_spreads(verify) -> None:
 
 
 @pytest.mark.parametrize("k_length", [600, 1500])
-@pytest.mark.parametrize("pattern", [Full(), Causal(), SlidingWindow(300, 0), Longformer(40, 3)], ids=repr)
+@pytest.mark.parametrize("pattern", [Full(), Causal(), SlidingWindow(300, 0), Longformer(40, 3), CHUNKS], ids=repr)
 def test_few_queries_over_split_keys(verify, pattern, k_length) -> None:
     q, k, v = attention_inputs(batch=1, heads=4, kv_heads=1, q_length=2, k_length=k_length, dtype=torch.float16)
     verify(q, k, v, pattern=pattern)
     verify(q, k, v, pattern=pattern, **all_features(1, 4, 2, k_length, torch.float16))
+
+
+@pytest.mark.parametrize("pattern", [Full(), Causal(), SlidingWindow(1000, 0), SHIFTED], ids=repr)
+def test_many_queries_over_split_keys(verify, pattern) -> None:
+    q, k, v = attention_inputs(batch=1, heads=1, q_length=70, k_length=2100, head_dim=16, dtype=torch.float16)
+    verify(q, k, v, pattern=pattern)
+    found = forward_work(q, k, v, pattern.operands(70, 2100), pattern.schedule.encode(), 0.25, False)
+    assert len(found.launches) == 2
 
 
 def test_strided_sub_problems(verify) -> None:

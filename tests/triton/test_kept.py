@@ -33,6 +33,7 @@ def test_what_is_launched(tmp_path) -> None:
         "full",
         "documents",
         "decode",
+        "windowed-decode",
         "features",
         "lengths",
         "backward",

@@ -33,6 +33,8 @@ AHEAD_CYCLES = 1_500_000
 SAMPLE_SECONDS = 1e-2
 FRONT_DOOR_GOALS = 15e-6, 6e-6
 FRONT_DOOR = "front door"
+# Prompts of the same model, one longer than the other: the first for compiling and loading.
+NEW_LENGTHS = range(2001, 2019, 2)
 _COMPILERS = 12
 
 
@@ -340,6 +342,7 @@ def front_door_row(device: torch.device) -> dict[str, Any]:
     verdict = None if front is None else "goal" if front <= goal else "first" if front <= first else "no"
     return row | {
         "unit": "µs",
+        "new_length": new_length_seconds(device),
         "seconds": seconds,
         "launch": launch,
         "front": front,
@@ -348,6 +351,33 @@ def front_door_row(device: torch.device) -> dict[str, Any]:
             {"against": "before the launch", "first": first, "goal": goal, "measured": front, "reached": verdict}
         ],
     }
+
+
+def new_length_seconds(device: torch.device) -> dict[str, float]:
+    """Seconds until the result of causal attention is there, of a length that was not seen before: the median of
+    several (1, 16, length, 128) in bfloat16."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    import heedful
+
+    cuda = device.type == "cuda"
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "heedful": lambda x: heedful.attention(x, x, x, causal=True),
+        "SDPA": lambda x: scaled_dot_product_attention(x, x, x, is_causal=True),
+    }
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for length in NEW_LENGTHS if cuda else range(33, 39, 2):
+        x = torch.randn(1, 16, length, 128, device=device, dtype=torch.bfloat16)
+        for name, call in calls.items():
+            if cuda:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call(x)
+            if cuda:
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, calls: int = 200, rounds: int = 25) -> float:

@@ -49,8 +49,9 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values."""
-        return 2 * 2 * self.batch * self.kv_heads * self.k_length * self.head_dim
+        """Bytes of the keys and values that one query attends to."""
+        keys = min(self.k_length, WINDOW) if self.pattern == "window" else self.k_length
+        return 2 * 2 * self.batch * self.kv_heads * keys * self.head_dim
 
 
 def cases(*, quick: bool = False) -> list[Case]:
@@ -68,6 +69,7 @@ def cases(*, quick: bool = False) -> list[Case]:
         for length in ((4096,) if quick else (1024, 4096, 16384))
     ]
     found += [_decode(batch) for batch in (1, 16)]
+    found.append(_decode_window(16))
     return found + _patterns()
 
 
@@ -121,6 +123,11 @@ def _decode(batch: int) -> Case:
         peers=(FLASH, CUDNN),
         goals=(Goal(COPY, 0.8, 0.92),),
     )
+
+
+def _decode_window(batch: int) -> Case:
+    name = f"decode 32/8 heads, {WINDOW} of 16384 keys, batch {batch}"
+    return Case("decode", name, "window", 1, 16384, batch=batch, heads=32, kv_heads=8, peers=(FLEX, FLASH_ATTN))
 
 
 def _patterns() -> list[Case]:

@@ -58,9 +58,10 @@ def _flex(name: str, case: Case, device: torch.device) -> Call:
         return j <= i
 
     def window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < WINDOW)
+        return (j <= i + ahead) & (i + ahead - j < WINDOW)
 
-    rule = window if case.section == "window" else causal if _causal(case) else None
+    ahead = case.k_length - case.q_length
+    rule = window if case.pattern == "window" else causal if _causal(case) else None
     if rule is None:
         return lambda q, k, v: compiled(q, k, v, enable_gqa=grouped)
     if name in (FLEX_MASK, FLEX_MASK_COMPILED):
@@ -82,7 +83,7 @@ def _flash_attn(case: Case) -> Call:
     package: Any = importlib.import_module("flash_attn")
     if package.__name__.startswith("heedful"):
         raise ImportError("flash_attn is heedful's own here")
-    window = (WINDOW - 1, 0) if case.section == "window" else (-1, -1)
+    window = (WINDOW - 1, 0) if case.pattern == "window" else (-1, -1)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         turned = (tensor.transpose(1, 2) for tensor in (q, k, v))

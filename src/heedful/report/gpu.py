@@ -82,6 +82,9 @@ def _front_line(row: dict[str, Any]) -> str:
         text += f" Of heedful's the driver's launch is {duration(row['launch'])}, before it {duration(row['front'])}."
     if row["replay"] is not None:
         text += f" In a CUDA graph {duration(row['replay'])} a call, none of it heedful's."
+    if "new_length" in row:
+        times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in row["new_length"].items())
+        text += f" Until the result is there of a length of some 2,000 that was not seen before: {times}."
     return text
 
 
@@ -98,8 +101,8 @@ def _cells(row: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     peers = ", ".join(
         f"{name} {row['rates'][name] / 1e12:.3g} ({ratio(timing['ratio'])})" for name, timing in row["ratios"].items()
     )
-    aims = [", ".join(_aim(goal, label) for goal in goals) for label in ("first", "goal")]
-    return [row["name"], f"{rate / 1e12:.3g} {row['unit']}", f"{rate / peak:.0%}", peers, *aims, verdicts]
+    aims = [", ".join(_aim(goal, label) for goal in goals) or "–" for label in ("first", "goal")]
+    return [row["name"], f"{rate / 1e12:.3g} {row['unit']}", f"{rate / peak:.0%}", peers, *aims, verdicts or "–"]
 
 
 def _aim(goal: dict[str, Any], label: str) -> str:

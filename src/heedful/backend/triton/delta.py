@@ -15,10 +15,14 @@ from heedful.backend.triton.schedule import shown_strides
     do_not_specialize_on_alignment=["grad_lse"],
 )
 def row_delta(
-    out, grad, grad_lse, delta, out_strides, grad_strides, row_tiles, heads, q_length, value_dim,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, HAS_LSE: tl.constexpr, UNIT: tl.constexpr,
+    out, grad, lse, grad_lse, delta, spaced_lse, spaced_delta, out_strides, grad_strides, row_tiles, heads, q_length,
+    value_dim,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, HAS_LSE: tl.constexpr, SPACED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ out·grad - grad_lse of each row, (B, H, Lq). Strides are in UNIT elements."""
+    """delta = Σ out·grad - grad_lse of each row, (B, H, Lq). Strides are in UNIT elements.
+
+    SPACED: delta and the log-sum-exp are written once more, with heads a multiple of 4 numbers apart.
+    """
     out_strides = shown_strides(out_strides)
     grad_strides = shown_strides(grad_strides)
     index = tl.program_id(0)
@@ -42,3 +46,7 @@ def row_delta(
     if HAS_LSE:
         found -= tl.load(grad_lse + at, mask=there, other=0.0)
     tl.store(delta + at, found, mask=there)
+    if SPACED:
+        spaced = i + item.to(tl.int64) * ((q_length + 3) // 4 * 4)
+        tl.store(spaced_delta + spaced, found, mask=there)
+        tl.store(spaced_lse + spaced, tl.load(lse + at, mask=there, other=0.0), mask=there)

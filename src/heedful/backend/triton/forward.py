@@ -4,7 +4,7 @@ A program has BLOCK_M rows, each a query of one head (with PACK heads to a key h
 It first expands the schedule to the interval of keys that each row sees (schedule.py) and then walks the tiles in it
 (walk.py). No tile without a pair is loaded, and nothing is looked up that was computed outside.
 
-With SPLIT the second axis of the grid is runs of keys at fixed places, whose results combine.py merges.
+With SPLIT the second axis of the grid is runs of keys, whose results combine.py merges.
 """
 
 # Triton compiles these functions from their source, and takes no annotations of ours.
@@ -188,10 +188,11 @@ def attention_forward(
 ):  # fmt: skip
     """Strides of query, key, value and out are in UNIT elements, so that their divisibility is known.
 
-    scale is times log2(e) where FOLD_SCALE (scale > 0 and no features) or there are no features. growth is
-    1 / (1 - dropout_p). With SPLIT, out is float32 and lse to base 2. DEPENDENT: launched while kernels before it run.
-    RELOAD: queries come with each tile of keys. FLAGS: a bias comes by descriptors, and so many flags say whether a key
-    or value is no finite number.
+    SPLIT: whether a program has a run of `chunk` keys only: 0 no, 1 runs from the first key on, 2 from the first that
+    some of its queries sees. Then out is float32 and lse to base 2. scale is times log2(e) where FOLD_SCALE (scale > 0
+    and no features) or there are no features. growth is 1 / (1 - dropout_p). DEPENDENT: launched while kernels before
+    it run. RELOAD: queries come with each tile of keys. FLAGS: a bias comes by descriptors, and so many flags say
+    whether a key or value is no finite number.
     """
     query_strides = shown_strides(query_strides)
     key_strides = shown_strides(key_strides)
@@ -241,6 +242,11 @@ def attention_forward(
     last = FAR
     if SPLIT:
         first = split * chunk
+        if SPLIT == 2:
+            lows, highs = row_intervals(
+                CODE, x, operands, numbers, batch, q_length, k_length, key_class, 0, FAR, False, CLASSES
+            )
+            first += tl.min(tl.where(lows[0] < highs[0], lows[0], FAR), 0)
         last = first + chunk
     lows, highs = row_intervals(
         CODE, x, operands, numbers, batch, q_length, k_length, key_class, first, last, False, CLASSES

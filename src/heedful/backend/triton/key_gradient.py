@@ -61,7 +61,7 @@ def _key_tile(
         operands, numbers,
     ) = tensors  # fmt: skip
     (
-        batch, head, statistics, key_first, q_length, k_length, head_dim, value_dim, query_class, scale, softcap,
+        batch, head, row, statistics, key_first, q_length, k_length, head_dim, value_dim, query_class, scale, softcap,
         threshold, growth,
     ) = scalars  # fmt: skip
     n = tile + tl.arange(0, BLOCK_M)
@@ -124,7 +124,7 @@ def _key_tile(
         grad1 = load_rows(grad_base, grad_rows, there, columns, value_dim, KIND != WHOLE, MASK_V, WIDE)
         arriving = tl.dot(value1, tl.trans(grad1), arriving, input_precision=PRECISION)
     if HAS_WEIGHTS:
-        at = ((statistics + y).to(tl.int64) * k_length)[None, :] + x[:, None]
+        at = ((row * q_length + y) * k_length)[None, :] + x[:, None]
         bounds = within[None, :] & (x < k_length)[:, None]
         arriving += tl.load(grad_weights + at, mask=bounds, other=0.0).to(tl.float32)
     if STATISTICS:
@@ -182,7 +182,7 @@ def _key_tile(
     do_not_specialize=[
         "operands", "query_strides", "key_strides", "value_strides", "grad_strides", "key_grad_strides",
         "value_grad_strides", "bias_strides", "slope_strides", "offset_strides", "numbers", "heads", "group",
-        "q_length", "k_length", "head_dim", "value_dim", "row_tiles", "threshold",
+        "q_length", "k_length", "head_dim", "value_dim", "row_tiles", "spacing", "threshold",
     ],
     do_not_specialize_on_alignment=["operands", "slopes", "seed", "query_offset"],
 )  # fmt: skip
@@ -190,8 +190,8 @@ def key_value_gradients(
     query, key, value, grad, grad_weights, lse, delta, grad_key, grad_value, bias, slopes, seed, query_offset, operands,
     query_tiles, grad_tiles, bias_tiles, lse_tiles, delta_tiles, flags,
     query_strides, key_strides, value_strides, grad_strides, key_grad_strides, value_grad_strides, bias_strides,
-    slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale,
-    gradient_scale, softcap, threshold, growth,
+    slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, spacing,
+    scale, gradient_scale, softcap, threshold, growth,
     CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
     GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
@@ -203,8 +203,9 @@ def key_value_gradients(
 ):  # fmt: skip
     """A program has BLOCK_N keys of one key head; row_tiles counts their tiles.
 
-    STATISTICS: log-sum-exps and deltas come by descriptors, which take q_length in multiples of 4. DEPENDENT: launched
-    while the gradient of queries is computed, which is no input; but what comes after this kernel has to find both.
+    STATISTICS: log-sum-exps and deltas come by descriptors, in which heads are a multiple of 4 numbers apart, the
+    spacing. DEPENDENT: launched while the gradient of queries is computed, which is no input; but what comes after this
+    kernel has to find both.
     """
     query_strides = shown_strides(query_strides)
     key_strides = shown_strides(key_strides)
@@ -270,15 +271,16 @@ def key_value_gradients(
     dirty = any_flag(flags, FLAGS)
     for member in tl.range(0, group, num_stages=1):
         head = key_head * group + member
+        row = batch.to(tl.int64) * heads + head
         tensors = (
             head_of(query, batch, head, query_strides, UNIT), head_of(grad, batch, head, grad_strides, UNIT), lse,
             delta, query_strides[2] * UNIT, grad_strides[2] * UNIT, query_tiles, grad_tiles, lse_tiles, delta_tiles,
             bias, bias_strides, bias_tiles, tile_of_bias(batch, head, x_first, bias_strides), slopes, slope_strides,
             query_offset, offset_strides, grad_weights, drawn, operands, numbers,
         )  # fmt: skip
-        statistics = (batch.to(tl.int64) * heads + head) * q_length
+        statistics = row * spacing
         scalars = (
-            batch, head, statistics, key_first, q_length, k_length, head_dim, value_dim, query_class,
+            batch, head, row, statistics, key_first, q_length, k_length, head_dim, value_dim, query_class,
             scale, softcap, threshold, growth,
         )  # fmt: skip
         for span in tl.range(first_span, stop_span, num_stages=1):

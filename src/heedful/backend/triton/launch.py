@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.backend.triton.plan import Plan, attends_to_all, plan
+from heedful.backend.triton.plan import FAR, Plan, attends_to_all, keys_between, plan
 from heedful.backend.triton.tuning import (
     Tiles,
     architecture,
@@ -27,6 +27,8 @@ LOG2E = math.log2(math.e)
 # Multiprocessors that a call under Triton's interpreter is cut for.
 _INTERPRETED = 16
 INT32 = 2**31
+# How keys are cut into runs: not at all, from the first key on, or from the first that a tile of queries sees.
+WHOLE, FROM_FIRST, FROM_TILE = 0, 1, 2
 
 
 @functools.cache
@@ -148,7 +150,7 @@ def _forward(
     rows: int,
     pack: int,
     page: int,
-    split: bool,
+    split: int,
     has: tuple[bool, ...],
     fold: bool,
     unit: int,
@@ -182,7 +184,7 @@ def _forward(
     if dropout and tiles.columns < 64:
         tiles = tiles._replace(columns=64)
     interpreted = kernels().INTERPRETED
-    dependent = split and dependent_launches(arch)
+    dependent = split != WHOLE and dependent_launches(arch)
     descriptors = tiles.descriptors and able
     tiles = tiles._replace(descriptors=descriptors)
     constants = (
@@ -192,7 +194,7 @@ def _forward(
         sinks and not split, dropout, offset, fold, unit, "tf32" if tf32 else "ieee",
         interpreted and dtype == torch.bfloat16, descriptors, descriptors and pack == 1 and not split,
         FLAGS if descriptors and bias else 0, descriptors and tiled == A_ROW,
-        dependent, split and descriptors, tiles.stages,
+        dependent, split != WHOLE and descriptors and rows > 0, tiles.stages,
     )  # fmt: skip
     return Forward(made, tiles, pack, constants, (d0, v0), {})
 
@@ -260,15 +262,18 @@ def forward_work(
     tf32 = takes_tf32(query)
     fold = scale > 0 and features.plain
     common = has, fold, unit, tf32, plain, tiled
-    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, *common)
+    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, WHOLE, *common)
     step = made.plan.step
     row_tiles = -(-(-(-q_length // step) * pack) // made.tiles.rows)
     grid_heads = heads // pack
     programs = row_tiles * step * batch * grid_heads
-    splits, chunk = key_runs(programs, multiprocessors, k_length, step, rows > 0)
+    rows_of_all = lse.numel()
+    narrow = keys_between(code, min(q_length, cdiv(made.tiles.rows, pack) + 1)) if step == 1 else FAR
+    splits, chunk = key_runs(programs, multiprocessors, min(cdiv(k_length, step), narrow), rows > 0, rows_of_all)
     target, target_lse, target_strides = out, lse, strides[3]
     scratch: tuple[Tensor, ...] = ()
     if splits > 1:
+        split = FROM_TILE if narrow < k_length else FROM_FIRST
         target = query.new_empty((splits, batch, heads, q_length, value_dim), dtype=torch.float32)
         target_lse = query.new_empty((splits, batch, heads, q_length), dtype=torch.float32)
         scratch = target, target_lse
@@ -276,7 +281,7 @@ def forward_work(
         unit = unit if value_dim % 8 == 0 else 1
         # So that the unit is that of the partial results.
         common = has, fold, unit, tf32, plain, tiled
-        made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, True, *common)
+        made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, split, *common)
     query_tiles = key_tiles = value_tiles = out_tiles = bias_tiles = flags = None
     if made.tiles.descriptors and pack == 1 and splits == 1:
         block = made.tiles.rows
@@ -308,7 +313,6 @@ def forward_work(
     if flags is not None:
         launches.insert(0, look_for_nonfinite(key, value, flags, 0, unit, made.compiled))
     if splits > 1:
-        rows_of_all = batch * heads * q_length
         block = min(128, max(16, 1 << (value_dim - 1).bit_length()))
         several = min(64, 1 << (splits - 1).bit_length())
         launches.append(
@@ -326,7 +330,9 @@ def forward_work(
     if not growing:
         return work
     return work._replace(
-        lengths=functools.partial(_lengths_like, code, q_length, k_length, programs, multiprocessors, rows > 0)
+        lengths=functools.partial(
+            _lengths_like, code, q_length, k_length, narrow, (programs, multiprocessors, rows > 0, rows_of_all)
+        )
     )
 
 
@@ -343,12 +349,13 @@ _MOST_LENGTHS = 512
 
 
 def _lengths_like(
-    code: tuple[int, ...], q_length: int, k_length: int, programs: int, multiprocessors: int, few_rows: bool
+    code: tuple[int, ...], q_length: int, k_length: int, narrow: int, cut: tuple[int, int, bool, int]
 ) -> tuple[int, int] | None:
     """The lengths around one that keys are cut for in the same way."""
+    programs, multiprocessors, few_rows, rows = cut
 
-    def runs(length: int) -> tuple[int, int]:
-        return key_runs(programs, multiprocessors, length, 1, few_rows)
+    def runs(length: int) -> tuple[object, ...]:
+        return narrow < length, key_runs(programs, multiprocessors, min(length, narrow), few_rows, rows)
 
     low = high = k_length
     while low > 1 and k_length - low < _MOST_LENGTHS and runs(low - 1) == runs(k_length):

@@ -28,6 +28,7 @@ from heedful.patterns.schedule import (
     NONE,
     QUERY,
     STEP,
+    UPPER,
     Atom,
     Bound,
     Schedule,
@@ -121,6 +122,27 @@ def attends_to_all(code: tuple[int, ...], x_length: int, y_length: int, transpos
             if low <= min(high, 0) and y_length - 1 - high <= x_length - 1:
                 return True
     return False
+
+
+@functools.lru_cache(maxsize=4096)
+def keys_between(code: tuple[int, ...], queries: int) -> int:
+    """At most so many keys lie from the first to the last that some of consecutive queries see, whatever the lengths;
+    FAR where nothing is known of it."""
+    atoms = Schedule.decode(code).atoms
+    if len(atoms) != 1:
+        return FAR
+    found = FAR
+    ends: tuple[list[Bound], list[Bound]] = [], []
+    for term in atoms[0]:
+        if term.kind == CHUNK:
+            found = min(found, term.numbers[0] * (1 + -(-(queries - 1) // term.numbers[0])))
+        elif term.kind == BOUND and term.numbers[0] == DIAGONAL and term.bound is not None:
+            ends[term.numbers[1]].append(term.bound)
+    for low in ends[LOWER]:
+        for high in ends[UPPER]:
+            if low.frame == NONE and low[1:] == high[1:]:
+                found = min(found, max(high.const - low.const, 0) + queries)
+    return found
 
 
 def _common_step(atoms: tuple[Atom, ...]) -> tuple[int, Bound]:

@@ -2,11 +2,13 @@
 
 benchmarks/gpu_choice.py measured it on an H200 (torch 2.11, triton 3.6), where SDPA takes cuDNN's kernels for 16-bit
 types: docs/performance/gpu.md has the figures. Full and causal attention is SDPA's, forward and backward, at any head
-and value dim, and so is a bias that skips nothing. Patterns that SDPA would need a dense mask for are Triton's, and so
-are few queries that share keys, and calls that are over before they are launched.
+and value dim, but for lengths that look like a text's. Patterns that SDPA would need a dense mask for are Triton's, and
+so are few queries that share keys, and calls that are over before they are launched.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -28,6 +30,10 @@ HELD_PAIRS = 1 << 28
 # As much of a bias is held with it, and as a mask: 3 to 25 times as fast in float32, in full and causal attention. In
 # 16 bit 0.2 to 0.4 times as fast without gradients; with the bias's own, 1.3 times where it is full, 0.8 where causal.
 BIAS_PAIRS = 1 << 26
+# cuDNN plans for 28 to 40 ms for each shape that it has not seen, and 85 to 110 with the backward. A length that is no
+# multiple of this is more likely one of many texts' than of a model; forward at such lengths was 0.82 to 1.8 times as
+# fast, 1.0 on average. From this many pairs times head dim on, what 32 layers lose is as much as a plan.
+ROUND_LENGTH, LONG_WORK = 64, 1 << 39
 _FULL = Full().schedule
 _DENSE = _FULL, Causal().schedule, Causal(0).schedule
 
@@ -51,7 +57,7 @@ def triton_is_faster(problem: Problem) -> bool:
         return True
     if single and problem.heads != problem.kv_heads:
         return lowering.is_causal or not known(problem.pairs <= HELD_PAIRS)
-    return "gradient" not in problem.features and _is_soon_over(problem)
+    return "gradient" not in problem.features and (_is_soon_over(problem) or _is_planned_in_vain(problem))
 
 
 def _is_soon_over(problem: Problem) -> bool:
@@ -68,3 +74,27 @@ def _is_soon_over(problem: Problem) -> bool:
     return (known(queries <= FEW_QUERIES) and not many_heads) or (
         known(queries <= SOME_QUERIES) and known(heads <= FEW_HEADS)
     )
+
+
+def _is_planned_in_vain(problem: Problem) -> bool:
+    """Whether SDPA would plan for a shape that hardly comes often enough to be worth it."""
+    dim = max(problem.head_dim, problem.value_dim)
+    return (
+        _sdpa_plans()
+        and problem.dtype.itemsize == 2
+        and dim <= 128
+        and (problem.head_dim | problem.value_dim) % 8 == 0
+        and known(problem.q_length % ROUND_LENGTH != 0)
+        and known(problem.pairs * dim <= LONG_WORK)
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _sdpa_plans() -> bool:
+    return _takes_cudnn()
+
+
+@functools.cache
+def _takes_cudnn() -> bool:
+    """Whether SDPA prefers cuDNN's kernels to its own: from sm_90 on."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)

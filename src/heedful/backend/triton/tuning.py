@@ -121,20 +121,30 @@ def forward_tiles(
 
 # Runs of keys are no shorter than this.
 _LEAST_RUN = 256
+# What putting runs together takes, in keys that a program goes through in that time: by itself, and for each row.
+_JOIN, _JOIN_ROW = 200, 1 / 12
+# Two programs on a multiprocessor take this much longer than one.
+_SHARED = 4 / 3
 
 
-def key_runs(programs: int, multiprocessors: int, k_length: int, step: int, few_rows: bool) -> tuple[int, int]:
+def key_runs(programs: int, multiprocessors: int, keys: int, few_rows: bool, rows: int) -> tuple[int, int]:
     """Into how many runs keys are cut, and how long one is (in n, see schedule.py): by sizes alone.
 
-    A program for each multiprocessor reads memory as fast as two, and what it leaves is put together sooner; where
-    there are many rows to multiply, two hide each other's waits.
+    A program for each multiprocessor reads memory as fast as two, and what it leaves is put together sooner. Where
+    there are many rows to multiply, two hide each other's waits, but what they leave is much.
+
+    few_rows: a program has few. rows: those of all programs.
     """
-    keys = -(-k_length // step)
     wanted = min((1 if few_rows else 2) * multiprocessors // max(programs, 1), -(-keys // _LEAST_RUN))
     if wanted < 2:
         return 1, 0
     run = (-(-keys // wanted) + 127) // 128 * 128
-    return -(-keys // run), run
+    count = -(-keys // run)
+    if not few_rows:
+        shared = _SHARED if programs * count > multiprocessors else 1
+        if run * shared + _JOIN + rows * _JOIN_ROW > 0.9 * keys:
+            return 1, 0
+    return count, run
 
 
 # Of the two kernels of the backward: tiles of queries x keys.
