@@ -16,8 +16,8 @@ namespace heedful {
 namespace {
 
 constexpr int64_t MAX_DIMS = 5, MAX_PARAMETERS = 256, MAX_MAPS = 8, MAX_TENSORS = 32, MAX_FORMS = 8, ALIGNMENT = 16;
-/* In the place of a parameter's size: a pointer, and an int32 that is the call's length. */
-constexpr int64_t POINTER = 0, LENGTH = sizeof(TensorMap) + 1;
+/* In the place of a parameter's size: a pointer, and an int32 and an int64 that follow from the call's length. */
+constexpr int64_t POINTER = 0, FROM_LENGTH = sizeof(TensorMap) + 1, LONG_FROM_LENGTH = FROM_LENGTH + 1;
 /* The dimension of that length. */
 constexpr int64_t LENGTH_DIM = 2;
 /* Memory that any call may write and none reads, for results that a caller does not want. Two empty tensors were half
@@ -56,7 +56,8 @@ struct Shape {
     int32_t dtype;
     /* Whether it must begin at a multiple of ALIGNMENT, and whether LENGTH_DIM may be of any length. */
     bool aligned, free;
-    int64_t dims, size[MAX_DIMS], stride[MAX_DIMS];
+    /* A stride is rate times the call's length longer. */
+    int64_t dims, size[MAX_DIMS], stride[MAX_DIMS], rate[MAX_DIMS];
 
     explicit Shape(Reader &code) {
         dtype = torch_dtype(static_cast<heedful_dtype>(code.next()));
@@ -65,6 +66,7 @@ struct Shape {
         dims = code.below(MAX_DIMS + 1);
         for (int64_t dim = 0; dim < dims; ++dim) size[dim] = code.next();
         for (int64_t dim = 0; dim < dims; ++dim) stride[dim] = code.next();
+        for (int64_t dim = 0; dim < dims; ++dim) rate[dim] = code.next();
     }
 
     bool fits(AtenTensorHandle tensor, int32_t device_type, int32_t device, uint64_t &address, int64_t &length) const {
@@ -76,7 +78,7 @@ struct Shape {
             aoti_torch_get_device_index(tensor, &its_device) != 0 || std::max(its_device, 0) != device ||
             aoti_torch_get_dim(tensor, &its_dims) != 0 || its_dims != dims ||
             aoti_torch_get_sizes(tensor, &sizes) != 0 || !same_sizes(sizes, length) ||
-            aoti_torch_get_strides(tensor, &strides) != 0 || !std::equal(strides, strides + dims, stride) ||
+            aoti_torch_get_strides(tensor, &strides) != 0 || !same_strides(strides, length) ||
             torch_get_const_data_ptr(tensor, &data) != 0)
             return false;
         address = reinterpret_cast<uint64_t>(data);
@@ -95,6 +97,12 @@ struct Shape {
         }
         return true;
     }
+
+    bool same_strides(const int64_t *strides, int64_t length) const {
+        for (int64_t dim = 0; dim < dims; ++dim)
+            if (strides[dim] != stride[dim] + rate[dim] * length) return false;
+        return true;
+    }
 };
 
 struct Kernel {
@@ -108,22 +116,35 @@ struct Kernel {
         size_t parameter, tensor;
     };
     std::vector<Pointer> pointers;
-    std::vector<size_t> lengths;
+    struct FromLength {
+        size_t parameter;
+        int64_t rate, constant;
+    };
+    std::vector<FromLength> lengths;
     struct Mapped {
         size_t parameter, tensor;
         /* Whether its axis LENGTH_DIM is the call's length. */
         bool grows;
         int32_t data_type, swizzle, fill;
         uint32_t rank, box[MAX_DIMS];
-        uint64_t sizes[MAX_DIMS], strides[MAX_DIMS]; /* In bytes, as all of it from the innermost axis on. */
+        /* From the innermost axis on; strides in bytes, and a rate times the call's length longer. */
+        uint64_t sizes[MAX_DIMS], strides[MAX_DIMS], rates[MAX_DIMS];
         TensorMap map;
 
-        void encode(TensorMap &made, uint64_t address, const uint64_t *with_sizes, int32_t device) const {
+        void encode(TensorMap &made, uint64_t address, int64_t length, int32_t device) const {
             constexpr int32_t no_interleave = 0, promote_to_128_bytes = 2;
             constexpr uint32_t ones[MAX_DIMS] = {1, 1, 1, 1, 1};
+            uint64_t its_sizes[MAX_DIMS], its_strides[MAX_DIMS];
+            std::copy_n(sizes, MAX_DIMS, its_sizes);
+            std::copy_n(strides, MAX_DIMS, its_strides);
+            if (grows) {
+                its_sizes[rank - 1 - LENGTH_DIM] = static_cast<uint64_t>(length);
+                for (uint32_t dim = 0; dim + 1 < rank; ++dim)
+                    its_strides[dim] += rates[dim] * static_cast<uint64_t>(length);
+            }
             const auto call = [&] {
-                return cuda_driver().encode_tiled(&made, data_type, rank, reinterpret_cast<void *>(address), with_sizes,
-                                                  strides, box, ones, no_interleave, swizzle, promote_to_128_bytes,
+                return cuda_driver().encode_tiled(&made, data_type, rank, reinterpret_cast<void *>(address), its_sizes,
+                                                  its_strides, box, ones, no_interleave, swizzle, promote_to_128_bytes,
                                                   fill);
             };
             check_cuda(in_context(device, call), "cuTensorMapEncodeTiled");
@@ -141,14 +162,15 @@ struct Kernel {
         dependent = code.below(2) != 0;
         const size_t count = static_cast<size_t>(code.below(MAX_PARAMETERS));
         for (size_t index = 0; index < count; ++index) {
-            size_t size = static_cast<size_t>(code.below(LENGTH + 1));
+            size_t size = static_cast<size_t>(code.below(LONG_FROM_LENGTH + 1));
             values.push_back(0);
             if (size == POINTER) {
                 pointers.push_back({index, static_cast<size_t>(code.below(tensors))});
                 size = sizeof(void *);
-            } else if (size == LENGTH) {
-                lengths.push_back(index);
-                size = sizeof(int32_t);
+            } else if (size == FROM_LENGTH || size == LONG_FROM_LENGTH) {
+                const int64_t rate = code.next();
+                lengths.push_back({index, rate, code.next()});
+                size = size == FROM_LENGTH ? sizeof(int32_t) : sizeof(int64_t);
             } else if (size == sizeof(TensorMap)) {
                 add_map(code, index, tensors, device);
             } else {
@@ -168,15 +190,13 @@ struct Kernel {
         std::copy(values.begin(), values.end(), bytes);
         for (size_t index = 0; index < values.size(); ++index) parameters[index] = &bytes[index];
         for (const Pointer &pointer : pointers) bytes[pointer.parameter] = call.addresses[pointer.tensor];
-        for (const size_t parameter : lengths) bytes[parameter] = static_cast<uint64_t>(call.length);
+        for (const FromLength &from : lengths)
+            bytes[from.parameter] = static_cast<uint64_t>(from.constant + from.rate * call.length);
         for (size_t index = 0; index < maps.size(); ++index) {
             const Mapped &mapped = maps[index];
             const uint64_t address = call.addresses[mapped.tensor];
             if (mapped.grows) {
-                uint64_t sizes[MAX_DIMS];
-                std::copy_n(mapped.sizes, MAX_DIMS, sizes);
-                sizes[mapped.rank - 1 - LENGTH_DIM] = static_cast<uint64_t>(call.length);
-                mapped.encode(copies[index], address, sizes, device);
+                mapped.encode(copies[index], address, call.length, device);
             } else {
                 copies[index] = mapped.map;
                 const auto replace = [&] {
@@ -225,8 +245,9 @@ struct Kernel {
         for (uint32_t dim = 0; dim < mapped.rank; ++dim) mapped.box[dim] = static_cast<uint32_t>(code.next());
         for (uint32_t dim = 0; dim < mapped.rank; ++dim) mapped.sizes[dim] = static_cast<uint64_t>(code.next());
         for (uint32_t dim = 0; dim + 1 < mapped.rank; ++dim) mapped.strides[dim] = static_cast<uint64_t>(code.next());
+        for (uint32_t dim = 0; dim + 1 < mapped.rank; ++dim) mapped.rates[dim] = static_cast<uint64_t>(code.next());
         /* The address of a call takes the place of this one. */
-        mapped.encode(mapped.map, ALIGNMENT * 16, mapped.sizes, device);
+        if (!mapped.grows) mapped.encode(mapped.map, ALIGNMENT * 16, 0, device);
         maps.push_back(mapped);
     }
 };

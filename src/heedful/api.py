@@ -325,6 +325,8 @@ def clear_caches() -> None:
     cached.shortcuts.clear()
     for forget in forgetters:
         forget()
+    for backend in BACKENDS.values():
+        backend.forget()
     kept_masks.cache_clear()
     if ENGINE not in UNAVAILABLE:
         library.clear_caches()

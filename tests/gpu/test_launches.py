@@ -161,10 +161,12 @@ def test_a_change_of_the_precision_is_noticed(monkeypatch) -> None:
 
 
 @needs_bridge
-def test_keys_that_grow_in_their_buffers() -> None:
-    """One form serves many lengths; that of each call counts."""
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("pattern", [Full(), SlidingWindow(700, 0)], ids=repr)
+def test_keys_that_grow(pattern, remade) -> None:
+    """One form serves many lengths, in a buffer or in memory of their own; that of each call counts."""
     q, k, v = inputs(1, 4000)
-    made, code = kept.Kept(0), Full().schedule.encode()
+    made, code = kept.Kept(0), pattern.schedule.encode()
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> kept.Work:
         anew.append(k.shape[2])
@@ -173,9 +175,29 @@ def test_keys_that_grow_in_their_buffers() -> None:
     anew: list[int] = []
     for length in (*range(600, 700, 3), *range(3000, 3300, 10), 601):
         tensors = q, k[:, :, :length], v[:, :, :length]
-        check(made.run(tensors, make)[0], *tensors)
-        check(heedful.attention(*tensors, backend="triton"), *tensors)
+        if remade:
+            tensors = q, tensors[1].contiguous(), tensors[2].contiguous()
+        check(made.run(tensors, make)[0], *tensors, pattern=pattern)
+        check(heedful.attention(*tensors, pattern=pattern, backend="triton"), *tensors, pattern=pattern)
     assert len(anew) < 12
+
+
+@needs_bridge
+@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 9.0, "sinks": torch.zeros(4)}], ids=repr)
+def test_steps_of_a_length_of_their_own_are_repeated(short_way, options) -> None:
+    """Keys as a cache gives them that is put together anew for each step."""
+    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    q, k, v = inputs(1, 4000)
+
+    def step(length: int) -> None:
+        tensors = q, k[:, :, :length].contiguous(), v[:, :, :length].contiguous()
+        check(heedful.attention(*tensors, backend="triton", **options), *tensors, **options)
+
+    heedful.clear_caches()
+    step(1500)
+    short_way()
+    for length in range(1501, 1530):
+        step(length)
 
 
 def test_a_thread_of_its_own() -> None:

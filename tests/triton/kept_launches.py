@@ -194,25 +194,31 @@ for name, (pattern, length, keys, features) in cases.items():
     assert run(others, place) == []
     print(name)
 
-# Keys that grow in their buffers: the same work but for their number, which the kernel is told.
-q, (k, v) = torch.randn(1, 2, 1, 128).half(), (torch.randn(1, 1, 9000, 128).half() for _ in range(2))
-for pattern in (Full(), SlidingWindow(999, 0)):
+# Keys that grow, in their buffers or made anew for each length: the same work but for what follows from their number.
+q, (k, v) = torch.randn(2, 4, 1, 128).half(), (torch.randn(2, 2, 9000, 128).half() for _ in range(2))
+for pattern, remade in itertools.product((Full(), SlidingWindow(999, 0)), (False, True)):
     code = pattern.schedule.encode()
-    work_inputs = [q, k[:, :, :4000], v[:, :, :4000]]
+
+    def of_length(length: int, its_values: int = 0, remade: bool = remade) -> list[torch.Tensor]:
+        cut = k[:, :, :length], v[:, :, : its_values or length]
+        return [q, *(tensor.contiguous() if remade else tensor for tensor in cut)]
+
+    work_inputs = of_length(4000)
     work = with_dependence(launch.forward_work(*work_inputs, (), code, 0.1, False))
     low, high = work.lengths()
     assert low < 4000 < high
     compiled = compile_offline(work)
     place = keep(work, compiled, work_inputs)
-    for length in (low, high):
-        work_inputs = [q, k[:, :, :length], v[:, :, :length]]
+    for length in (low, 3999, high):
+        work_inputs = of_length(length)
         there = launch.forward_work(*work_inputs, (), code, 0.1, False)
         at = launches.value % 64
         check(there, compiled, work_inputs, run(work_inputs, place), at)
         assert run_without_context(work_inputs, place) == 2
-    assert run([q, k[:, :, : high + 1], v[:, :, : high + 1]], place) == []
-    assert run([q, k[:, :, : low - 1], v[:, :, : low - 1]], place) == []
-    assert run([q, k[:, :, :high], v[:, :, : high - 1]], place) == []
+    assert run(of_length(high + 1), place) == []
+    assert run(of_length(low - 1), place) == []
+    assert run(of_length(high, high - 1), place) == []
+    assert run([q, k[:, :, :high], v[:, :, :high].contiguous()], place) == []
 print("lengths")
 
 for length in (250, 256):

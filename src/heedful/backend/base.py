@@ -68,6 +68,10 @@ class Backend(ABC):
         """
         return None
 
+    def forget(self) -> None:
+        """Drop what is kept between calls."""
+        return
+
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -74,9 +74,14 @@ class TritonBackend(NativeBackend):
         if len(settings.parts) > 1:
             return super().run(call)
         # Past torch's dispatcher, which takes 10 µs to come back to Python.
+        from heedful.backend.triton import shortcuts
         from heedful.backend.triton.launch import forward
 
         problem = call.problem
+        if call.pages is None and call.query_offset is None and shortcuts.is_step(problem):
+            extras = (None, None, call.sinks) if features - {"lse"} else ()
+            found = shortcuts.without_gradient(call, None)(call.query, call.key, call.value, (), *extras)
+            return found if isinstance(found, Attention) else Attention(found, None, None)
         out, lse = forward(
             call.query, call.key, call.value,
             call.pattern.operands(problem.q_length, problem.k_length, call.query.device), settings.schedule, call.scale,
@@ -99,3 +104,8 @@ class TritonBackend(NativeBackend):
         if features <= {"bias", "alibi", "softcap", "sinks", "dropout", "lse"}:
             return shortcuts.without_gradient(call, by_operator)
         return by_operator
+
+    def forget(self) -> None:
+        from heedful.backend.triton import shortcuts
+
+        shortcuts.forget()

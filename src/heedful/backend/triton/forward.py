@@ -34,6 +34,7 @@ from heedful.backend.triton.walk import (
     WHOLE,
     both_ends,
     first_kind,
+    in_turn,
     last_kind,
     next_tile,
     span_flags,
@@ -167,7 +168,7 @@ def attend_tile(
     do_not_specialize=[
         "operands", "query_strides", "key_strides", "value_strides", "out_strides", "bias_strides", "slope_strides",
         "offset_strides", "pages_stride", "numbers", "grid_heads", "group", "q_length", "k_length", "head_dim",
-        "value_dim", "row_tiles", "chunk", "threshold",
+        "value_dim", "row_tiles", "together", "chunk", "threshold",
     ],
     do_not_specialize_on_alignment=["operands", "slopes", "sinks", "seed", "pages", "query_offset"],
 )  # fmt: skip
@@ -175,8 +176,8 @@ def attention_forward(
     query, key, value, out, lse, query_tiles, key_tiles, value_tiles, out_tiles, bias_tiles, flags, bias, slopes, sinks,
     seed, pages, query_offset, operands,
     query_strides, key_strides, value_strides, out_strides, bias_strides, slope_strides, offset_strides, pages_stride,
-    numbers, grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk, scale, softcap, threshold,
-    growth,
+    numbers, grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, together, chunk, scale, softcap,
+    threshold, growth,
     CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
     GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
@@ -204,8 +205,7 @@ def attention_forward(
         gdc_launch_dependents()
         gdc_wait()
     if INTERVALS:
-        tile = index % (row_tiles * CLASSES)
-        item = index // (row_tiles * CLASSES)
+        tile, item = in_turn(index, row_tiles * CLASSES, together)
         # Causal rows with the most keys begin first.
         row_tile = row_tiles - 1 - tile // CLASSES
     else:

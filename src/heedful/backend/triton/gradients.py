@@ -27,6 +27,7 @@ from heedful.backend.triton.launch import (
     hidden,
     in_rows,
     in_units,
+    items_together,
     kernels,
     look_for_nonfinite,
     operand_numbers,
@@ -163,7 +164,7 @@ def backward_work(
     delta = torch.empty_like(lse)
     grad_slopes = torch.empty_like(lse) if slopes_gradient else lse.new_empty(0)
     index = query.get_device()
-    arch, _ = device_limits(index)
+    arch, multiprocessors = device_limits(index)
     code = tuple(schedule)
     numbers, _, usual = operand_numbers(operands)
     features = Features(bias, alibi_slopes, softcap, dropout_p, seed, query_offset)
@@ -230,7 +231,7 @@ def backward_work(
             (*given, grad_query, grad_slopes, *extras,
             *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths, bias, tiled), flags,
             *units[:5], *features.strides, numbers, *sizes, query_tiles,
-            *scales, *features.numbers),
+            items_together(made.plan, query_tiles * step, multiprocessors), *scales, *features.numbers),
             made.query_constants, made.query_tiles.warps, made.query_tiles.stages, compiled, ("query", kind),
         ),
         Launch(
@@ -239,7 +240,8 @@ def backward_work(
             *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths, bias, tiled),
             *_flat_descriptors(made.key_tiles.rows if statistics else 0, *row_statistics), flags, *units[:4],
             *units[5:], *features.strides, numbers, *sizes,
-            key_tiles, row_statistics[0].shape[2], *scales, *features.numbers),
+            key_tiles, items_together(made.plan, key_tiles * step, multiprocessors),
+            row_statistics[0].shape[2], *scales, *features.numbers),
             made.key_constants, made.key_tiles.warps, made.key_tiles.stages, compiled, ("key", kind),
             dependent_launches(arch),
         ),

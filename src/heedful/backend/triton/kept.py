@@ -14,13 +14,13 @@ import struct
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.backend.native.structures import DTYPES
-from heedful.backend.triton.launch import Launch, Work
+from heedful.backend.triton.launch import INT32, Launch, Work
 
 # As the bridge has them.
 _MAX_DIMS, _MAX_PARAMETERS, _MAX_MAPS, _MAX_TENSORS, _MAX_FORMS = 5, 256, 8, 32, 8
@@ -31,9 +31,9 @@ _FLOATS = {"fp32": "<f", "f32": "<f", "fp64": "<d"}
 # What is put together anew costs so many calls that are not: a call whose sizes change each time is left to Python.
 _KEEPING, _MOST_CREDIT = 32, 256
 _K_LENGTH = "k_length"
-_LENGTH, _LENGTH_DIM = _MAP_BYTES + 1, 2
+_FROM_LENGTH, _LONG_FROM_LENGTH, _LENGTH_DIM = _MAP_BYTES + 1, _MAP_BYTES + 2, 2
 # Query, key and value are the first tensors.
-_GROWING = (1, 2)
+_GROWING = {"key_strides": 1, "value_strides": 2}
 
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
@@ -143,27 +143,53 @@ def _encode(work: Work, compiled: Sequence[Any], tensors: Sequence[Tensor], cuda
         raise NotKept("a tensor is given twice, or there are too many")
     lengths = work.lengths()
     low, high = lengths or (0, 0)
+    growth = None
+    if lengths is not None:
+        length = tensors[1].shape[_LENGTH_DIM]
+        growth = Growth(length, {place: _rates(tensors[place], high) for place in _GROWING.values()})
     counts = len(tensors), len(own), len(work.results), len(work.unread), len(work.launches)
     code = [int(cuda), work.device, low, high, *counts]
     for index, tensor in enumerate(tensors):
-        code += _shape(tensor, tensor.data_ptr() % 16 == 0, lengths is not None and index in _GROWING)
+        code += _shape(tensor, tensor.data_ptr() % 16 == 0, growth.rates.get(index) if growth is not None else None)
     for tensor in own:
-        code += _shape(tensor, False, False)
+        code += _shape(tensor, False, None)
     for launch, kernel in zip(work.launches, compiled, strict=True):
-        code += _kernel(launch, kernel, known, lengths is not None)
+        code += _kernel(launch, kernel, known, growth)
     return code
 
 
-def _shape(tensor: Tensor, aligned: bool, free: bool) -> list[int]:
+Rates = tuple[int, ...]
+
+
+class Growth(NamedTuple):
+    """What a call's length, that of its keys, has to do with."""
+
+    length: int
+    rates: dict[int, Rates]
+    """By how much the strides of a tensor grow with the length, by the tensor's place."""
+
+
+def _rates(tensor: Tensor, longest: int) -> Rates:
+    """Of a buffer that is filled, none; where a tensor is made anew for each length, those of batch and head."""
+    batch, heads, length, dim = tensor.shape
+    if batch * heads * longest * dim < INT32 // 4 and tensor.stride() == (heads * length * dim, length * dim, dim, 1):
+        return heads * dim, dim, 0, 0
+    return 0, 0, 0, 0
+
+
+def _shape(tensor: Tensor, aligned: bool, rates: Rates | None) -> list[int]:
     if tensor.ndim > _MAX_DIMS or tensor.dtype not in _CODES:
         raise NotKept("a tensor has too many dimensions, or a dtype that the bridge does not know")
-    return [_CODES[tensor.dtype], int(aligned), int(free), tensor.ndim, *tensor.shape, *tensor.stride()]
+    strides, grows = tensor.stride(), rates or (0,) * tensor.ndim
+    if rates is not None:
+        strides = tuple(stride if rate == 0 else 0 for stride, rate in zip(strides, rates, strict=True))
+    return [_CODES[tensor.dtype], int(aligned), int(rates is not None), tensor.ndim, *tensor.shape, *strides, *grows]
 
 
 _CODES = {getattr(torch, name): number for name, number in DTYPES.items()}
 
 
-def _kernel(launch: Launch, kernel: Any, known: dict[int, int], free: bool) -> list[int]:
+def _kernel(launch: Launch, kernel: Any, known: dict[int, int], growth: Growth | None) -> list[int]:
     metadata = kernel.metadata
     usual = {"num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size": 0,
              "profile_scratch_size": 0}  # fmt: skip
@@ -173,13 +199,18 @@ def _kernel(launch: Launch, kernel: Any, known: dict[int, int], free: bool) -> l
     maps = iter(getattr(metadata, "tensordesc_meta", None) or ())
     given = *launch.arguments, *launch.constants
     for (name, kind), value in zip(kernel.src.signature.items(), given, strict=True):
-        if free and name == _K_LENGTH:
-            if kind != "i32":
-                raise NotKept("the kernel was compiled for one length")
-            parameters.append([_LENGTH])
-        else:
-            for leaf, its_value in _leaves((kind,), (value,)):
-                parameters += _parameter(leaf, its_value, known, maps, free)
+        rates: Rates = ()
+        if growth is not None and name == _K_LENGTH:
+            parameters.append(_from_length(kind, value, growth, 0))
+            continue
+        if growth is not None and name in _GROWING:
+            rates = growth.rates[_GROWING[name]]
+        for place, (leaf, its_value) in enumerate(_leaves((kind,), (value,))):
+            if growth is not None and place < len(rates) and rates[place]:
+                # As `in_units` hides them.
+                parameters.append(_from_length(leaf, its_value, growth, 3))
+            else:
+                parameters += _parameter(leaf, its_value, known, maps, growth)
     # Two more of triton's own: memory that these kernels do not ask for.
     parameters += [[8, 0], [8, 0]]
     if len(parameters) >= _MAX_PARAMETERS or sum(p[0] == _MAP_BYTES for p in parameters) > _MAX_MAPS:
@@ -205,14 +236,29 @@ def _leaves(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str
             yield kind, value
 
 
-def _parameter(kind: str, value: Any, known: dict[int, int], maps: Iterator[Any], free: bool) -> list[list[int]]:
+def _from_length(kind: str, value: int, growth: Growth, constant: int) -> list[int]:
+    """A parameter that is a multiple of the length, and the constant."""
+    if kind != "i32":
+        raise NotKept("the kernel was compiled for one length")
+    return [_FROM_LENGTH, (value - constant) // growth.length, constant]
+
+
+def _parameter(
+    kind: str, value: Any, known: dict[int, int], maps: Iterator[Any], growth: Growth | None
+) -> list[list[int]]:
     """Its size and its value; a pointer is 0 and which tensor's."""
     if kind.startswith("*"):
         return [[0, _place(value, known)]]
     if kind.startswith("tensordesc"):
-        grows = free and _place(value.base, known) in _GROWING
-        sizes = [[_LENGTH] if grows and dim == _LENGTH_DIM else [4, int(n)] for dim, n in enumerate(value.shape)]
-        return [_map(value, next(maps, None), known, grows), *sizes, *([8, int(n)] for n in value.strides)]
+        rates = growth.rates.get(_place(value.base, known)) if growth is not None else None
+        sizes = [[4, int(n)] for n in value.shape]
+        strides = [[8, int(n)] for n in value.strides]
+        if rates is not None:
+            sizes[_LENGTH_DIM] = [_FROM_LENGTH, 1, 0]
+            strides = [
+                [_LONG_FROM_LENGTH, rate, 0] if rate else plain for plain, rate in zip(strides, rates, strict=True)
+            ]
+        return [_map(value, next(maps, None), known, rates), *sizes, *strides]
     if kind in _FLOATS:
         packed = struct.pack(_FLOATS[kind], value)
         return [[len(packed), int.from_bytes(packed, "little", signed=len(packed) == 8)]]
@@ -228,16 +274,18 @@ def _place(tensor: Any, known: dict[int, int]) -> int:
     return known[id(tensor)]
 
 
-def _map(descriptor: Any, metadata: Any, known: dict[int, int], grows: bool) -> list[int]:
+def _map(descriptor: Any, metadata: Any, known: dict[int, int], rates: Rates | None) -> list[int]:
     """A tensor as a copy engine sees it, its innermost axis first."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     if metadata is None or metadata["fp4_padded"]:
         raise NotKept("a descriptor is no map of the driver's")
     rank, size = len(metadata["block_size"]), metadata["elem_size"]
-    strides = [size * int(stride) for stride in descriptor.strides]
+    grows = rates or (0,) * rank
+    strides = [0 if rate else size * int(stride) for stride, rate in zip(descriptor.strides, grows, strict=True)]
     return [
-        _MAP_BYTES, _place(descriptor.base, known), int(grows), TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]],
-        metadata["swizzle"], int(descriptor.padding == "nan"), rank, *reversed(metadata["block_size"]),
-        *(int(n) for n in reversed(descriptor.shape)), *strides[-2::-1],
+        _MAP_BYTES, _place(descriptor.base, known), int(rates is not None),
+        TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["swizzle"], int(descriptor.padding == "nan"), rank,
+        *reversed(metadata["block_size"]), *(int(n) for n in reversed(descriptor.shape)), *strides[-2::-1],
+        *(size * rate for rate in grows[-2::-1]),
     ]  # fmt: skip

@@ -29,6 +29,7 @@ from heedful.backend.triton.walk import (
     WHOLE,
     both_ends,
     first_kind,
+    in_turn,
     last_kind,
     next_tile,
     span_flags,
@@ -182,7 +183,7 @@ def _key_tile(
     do_not_specialize=[
         "operands", "query_strides", "key_strides", "value_strides", "grad_strides", "key_grad_strides",
         "value_grad_strides", "bias_strides", "slope_strides", "offset_strides", "numbers", "heads", "group",
-        "q_length", "k_length", "head_dim", "value_dim", "row_tiles", "spacing", "threshold",
+        "q_length", "k_length", "head_dim", "value_dim", "row_tiles", "together", "spacing", "threshold",
     ],
     do_not_specialize_on_alignment=["operands", "slopes", "seed", "query_offset"],
 )  # fmt: skip
@@ -190,8 +191,8 @@ def key_value_gradients(
     query, key, value, grad, grad_weights, lse, delta, grad_key, grad_value, bias, slopes, seed, query_offset, operands,
     query_tiles, grad_tiles, bias_tiles, lse_tiles, delta_tiles, flags,
     query_strides, key_strides, value_strides, grad_strides, key_grad_strides, value_grad_strides, bias_strides,
-    slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, spacing,
-    scale, gradient_scale, softcap, threshold, growth,
+    slope_strides, offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, together,
+    spacing, scale, gradient_scale, softcap, threshold, growth,
     CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
     GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
@@ -217,8 +218,7 @@ def key_value_gradients(
     kv_heads = heads // group
     if INTERVALS:
         # Causal keys that the most queries see begin first.
-        tile = index % (row_tiles * CLASSES)
-        item = index // (row_tiles * CLASSES)
+        tile, item = in_turn(index, row_tiles * CLASSES, together)
         x_first = tile // CLASSES * BLOCK_N
     else:
         items = tl.num_programs(0) // (row_tiles * CLASSES)

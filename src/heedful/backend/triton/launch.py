@@ -27,6 +27,8 @@ LOG2E = math.log2(math.e)
 # Multiprocessors that a call under Triton's interpreter is cut for.
 _INTERPRETED = 16
 INT32 = 2**31
+# Programs of a multiprocessor.
+_AT_ONCE = 4
 # How keys are cut into runs: not at all, from the first key on, or from the first that a tile of queries sees.
 WHOLE, FROM_FIRST, FROM_TILE = 0, 1, 2
 
@@ -295,12 +297,13 @@ def forward_work(
             bias_tiles = bias_descriptor(bias, made.tiles, tiled)
             flags = query.new_empty(FLAGS, dtype=torch.int32)
             scratch = *scratch, flags
+    together = items_together(made.plan, row_tiles * step, multiprocessors)
     arguments = (
         query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias_tiles, flags,
         bias, alibi_slopes, sinks, seed, pages, query_offset, tuple(operands),
         in_units(strides[0], unit), in_units(strides[1], unit), in_units(strides[2], unit),
         in_units(target_strides, unit), *features.strides, 0 if pages is None else pages.stride(0), numbers,
-        grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, chunk,
+        grid_heads, group, q_length, k_length, head_dim, value_dim, row_tiles, together, chunk,
         scale * LOG2E if features.plain else scale, *features.numbers,
     )  # fmt: skip
     launches = [
@@ -369,6 +372,11 @@ def _lengths_like(
 def dependent_launches(arch: int) -> bool:
     """Whether a kernel may begin while the one before it ends, and wait inside."""
     return arch >= 90 and not kernels().INTERPRETED
+
+
+def items_together(made: Plan, tiles: int, multiprocessors: int) -> int:
+    """How many of the last items take turns: as many as programs can run at once, where some have more to do."""
+    return max(1, _AT_ONCE * multiprocessors // tiles) if made.one_sided and not made.dense else 1
 
 
 def cdiv(a: int, b: int) -> int:

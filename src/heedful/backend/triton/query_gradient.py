@@ -29,6 +29,7 @@ from heedful.backend.triton.walk import (
     WHOLE,
     both_ends,
     first_kind,
+    in_turn,
     last_kind,
     next_tile,
     span_flags,
@@ -150,7 +151,7 @@ def _query_tile(
     do_not_specialize=[
         "operands", "query_strides", "key_strides", "value_strides", "grad_strides", "query_grad_strides",
         "bias_strides", "slope_strides", "offset_strides", "numbers", "heads", "group", "q_length", "k_length",
-        "head_dim", "value_dim", "row_tiles", "threshold",
+        "head_dim", "value_dim", "row_tiles", "together", "threshold",
     ],
     do_not_specialize_on_alignment=["operands", "slopes", "seed", "query_offset"],
 )  # fmt: skip
@@ -158,8 +159,8 @@ def query_gradient(
     query, key, value, grad, grad_weights, lse, delta, grad_query, grad_slopes, bias, slopes, seed, query_offset,
     operands, key_tiles, value_tiles, bias_tiles, flags,
     query_strides, key_strides, value_strides, grad_strides, query_grad_strides, bias_strides, slope_strides,
-    offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, scale, gradient_scale,
-    softcap, threshold, growth,
+    offset_strides, numbers, heads, group, q_length, k_length, head_dim, value_dim, row_tiles, together, scale,
+    gradient_scale, softcap, threshold, growth,
     CODE: tl.constexpr, CLASSES: tl.constexpr, INTERVALS: tl.constexpr, SOLID: tl.constexpr, MONOTONE: tl.constexpr,
     GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
@@ -182,8 +183,7 @@ def query_gradient(
     query_grad_strides = shown_strides(query_grad_strides)
     index = tl.program_id(0)
     if INTERVALS:
-        tile = index % (row_tiles * CLASSES)
-        item = index // (row_tiles * CLASSES)
+        tile, item = in_turn(index, row_tiles * CLASSES, together)
         x_first = (row_tiles - 1 - tile // CLASSES) * BLOCK_M
     else:
         items = tl.num_programs(0) // (row_tiles * CLASSES)

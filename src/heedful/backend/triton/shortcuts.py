@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,44 @@ from heedful.backend.triton.gradients import backward_work
 from heedful.backend.triton.kept import Kept
 from heedful.backend.triton.launch import Work, forward_work
 from heedful.dropout import draw_seed
-from heedful.problem import Attention, Call
+from heedful.problem import Attention, Call, Problem
 
 _count_modes = torch._C._len_torch_dispatch_stack
 
+# Up to so many queries a call is taken for a step of decoding, whose keys are more each time.
+_STEP = 16
 
-def without_gradient(call: Call, by_operator: Shortcut) -> Shortcut:
-    """Calls with any feature but weights and gradients; `by_operator` runs them where torch's modes look on."""
+
+def is_step(problem: Problem) -> bool:
+    """Whether a call may be a step of decoding, whose keys are more each time: its forms serve all lengths."""
+    return (
+        problem.q_length <= _STEP
+        and not problem.schedule.slots
+        and problem.features <= {"lse", "softcap", "sinks"}
+        and not problem.empty
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_for_steps(device: int, single: bool, *_kind: Hashable) -> Kept:
+    return Kept(device, single)
+
+
+forget = _kept_for_steps.cache_clear
+
+
+def without_gradient(call: Call, by_operator: Shortcut | None) -> Shortcut:
+    """Calls with any feature but weights and gradients; `by_operator` runs them where torch's modes look on, None where
+    none do."""
     code, scale, blhd = call.problem.schedule.encode(), call.scale, call.blhd
     softcap, dropout_p = call.softcap or 0.0, call.dropout_p
     with_lse = "lse" in call.problem.features
     single = call.query.dtype == torch.float32
-    kept = Kept(call.query.get_device(), single)
+    device = call.query.get_device()
+    if is_step(call.problem):
+        kept = _kept_for_steps(device, single, tuple(code), scale, blhd, softcap, call.problem.features)
+    else:
+        kept = Kept(device, single)
     if not call.problem.features - {"lse"}:
 
         def make_plain(query: Tensor, key: Tensor, value: Tensor, *operands: Tensor) -> Work:
@@ -34,7 +61,7 @@ def without_gradient(call: Call, by_operator: Shortcut) -> Shortcut:
             return work if with_lse else without_lse(work)
 
         def run_three(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor | Attention:
-            if _count_modes():
+            if by_operator is not None and _count_modes():
                 return by_operator(q, k, v, operands)
             if kept.place > 0:
                 out: Tensor | None = kept.run_one(q, k, v, kept.place)
@@ -47,7 +74,7 @@ def without_gradient(call: Call, by_operator: Shortcut) -> Shortcut:
             return run_three
 
         def run_plain(q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor, ...]) -> Tensor | Attention:
-            if _count_modes():
+            if by_operator is not None and _count_modes():
                 return by_operator(q, k, v, operands)
             found = kept.run([q, k, v, *operands], make_plain)
             return Attention(found[0], found[1], None) if with_lse else found[0]
@@ -63,7 +90,7 @@ def without_gradient(call: Call, by_operator: Shortcut) -> Shortcut:
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor | Attention:
-        if _count_modes():
+        if by_operator is not None and _count_modes():
             return by_operator(q, k, v, operands, bias, alibi_slopes, sinks)
         extras = bias, slopes_of(alibi_slopes), sinks, draw_seed(q.device) if dropout_p else None
         there = [extra is not None for extra in extras]

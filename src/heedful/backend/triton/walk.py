@@ -37,6 +37,20 @@ SPAN = tl.constexpr(1024)
 
 
 @triton.jit
+def in_turn(index, tiles, together):
+    """The tile and the item of a program: item by item, but the last items, `together`, take turns tile by tile.
+
+    Where the first tiles have the most to do, the last programs to begin are then short.
+    """
+    items = tl.num_programs(0) // tiles
+    first = tl.maximum(items - together, 0)
+    count = items - first
+    late = index - first * tiles
+    tile = tl.where(late >= 0, late // count, index % tiles)
+    return tile, tl.where(late >= 0, first + late % count, index // tiles)
+
+
+@triton.jit
 def both_ends(tile, count):
     """Tiles in turn from the first and from the last: of unions, either may have by far the most to do."""
     return tl.where(tile % 2 == 0, tile // 2, count - 1 - tile // 2)
