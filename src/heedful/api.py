@@ -355,11 +355,14 @@ def _kind(tensor: Tensor) -> Hashable:
 
 def _from_arguments(shortcut: Shortcut, call: Call, spelled_out: bool) -> Callable[..., Tensor | Attention]:
     """The shortcut for tensors and a pattern as the caller has them: any layout, operands not yet checked, or a mask of
-    a shape that was, spelled_out."""
-    problem = call.problem
+    a shape that was, spelled_out.
+
+    Nothing that outlives this holds the call, whose tensors it would keep alive.
+    """
+    problem, blhd = call.problem, call.blhd
     slots, device = problem.schedule.slots, "cpu" if problem.device_type == "cpu" else call.query.device
     sizes = problem.batch, problem.heads, problem.q_length, problem.k_length, device
-    if not call.blhd and call.alibi_slopes is None and call.sinks is None:
+    if not blhd and call.alibi_slopes is None and call.sinks is None:
         # Each kind has a function of its own: a general one costs a microsecond more.
         if call.bias is None:
             if spelled_out:
@@ -379,7 +382,7 @@ def _from_arguments(shortcut: Shortcut, call: Call, spelled_out: bool) -> Callab
         if extras:
             bias, alibi_slopes, sinks = extras
             extras = None if bias is None else of_rank_4(bias), slopes_of_rank_4(alibi_slopes), sinks
-        if not call.blhd:
+        if not blhd:
             return shortcut(q, k, v, operands, *extras)
         result = shortcut(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), operands, *extras)
         if isinstance(result, Tensor):

@@ -170,8 +170,10 @@ def _narrowed(result: Attention, call: Call, cache: KVCache) -> Attention:
 def _shortcut(
     chosen: Backend, call: Call, causal: bool, cache: KVCache
 ) -> Callable[[Tensor, Tensor, Tensor, Pattern, KVCache], Tensor | Attention]:
-    """For further calls that differ from this one in tensors and in the cache's lengths."""
+    """For further calls that differ from this one in tensors and in the cache's lengths. It does not hold the call,
+    whose tensors it would keep alive."""
     problem, q_length = call.problem, call.problem.q_length
+    scale, softcap, dropout_p, blhd = call.scale, call.softcap, call.dropout_p, call.blhd
     on_slices = chosen.shortcut(call) if cache.is_plain else None
     more_than_out = bool(problem.features & {"lse", "weights", "sparse_weights"})
 
@@ -188,10 +190,10 @@ def _shortcut(
             held.key,
             held.value,
             held.pattern,
-            call.scale,
-            softcap=call.softcap,
-            dropout_p=call.dropout_p,
-            blhd=call.blhd,
+            scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            blhd=blhd,
             pages=held.pages,
             query_offset=held.query_offset,
         )

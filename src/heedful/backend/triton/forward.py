@@ -205,7 +205,11 @@ def attention_forward(
         gdc_launch_dependents()
         gdc_wait()
     if INTERVALS:
-        tile, item = in_turn(index, row_tiles * CLASSES, together)
+        if SPLIT:
+            tile = index % (row_tiles * CLASSES)
+            item = index // (row_tiles * CLASSES)
+        else:
+            tile, item = in_turn(index, row_tiles * CLASSES, together)
         # Causal rows with the most keys begin first.
         row_tile = row_tiles - 1 - tile // CLASSES
     else:
