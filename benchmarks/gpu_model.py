@@ -60,9 +60,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def measured(model: Any, sides: tuple[str, str], length: int) -> dict[str, dict[str, Any]]:
+def measured(model: Any, sides: tuple[str, str], length: int, number: int) -> dict[str, dict[str, Any]]:
     """Of each side that has memory enough: seconds of a prompt, of the first prompt of its length, and of a token, peak
-    memory in bytes, and the last logits of the prompt."""
+    memory in bytes, and the last logits of the prompt. number: of the model, which gives it lengths of its own."""
     ids = torch.randint(0, 32000, (1, length), device="cuda")
     found: dict[str, dict[str, Any]] = {}
     for side in sides:
@@ -84,7 +84,7 @@ def measured(model: Any, sides: tuple[str, str], length: int) -> dict[str, dict[
     }
     times = {what: [{side: seconds(by[side]) for side in found} for _ in range(ROUNDS)] for what, by in calls.items()}
     times["first"] = [
-        {side: seconds(partial(prompt, model, side, ids[:, 37 * turn :])) for side in found}
+        {side: seconds(partial(prompt, model, side, ids[:, 37 * turn + number :])) for side in found}
         for turn in range(1, ROUNDS + 1)
     ]
     for what, rounds in times.items():
@@ -137,12 +137,12 @@ def main() -> None:
     if arguments.markdown:
         print("| model | prompt | beside | a prompt | the first of its length | a token | peak memory | cosine |")
         print("|---|---:|---|---:|---:|---:|---:|---:|", flush=True)
-    for name, (family, options, theirs, lengths) in MODELS.items():
+    for number, (name, (family, options, theirs, lengths)) in enumerate(MODELS.items()):
         if arguments.only is not None and arguments.only not in name:
             continue
         model = made(family, options | {"attn_implementation": theirs})
         for length in lengths:
-            cells = line(name, length, theirs, measured(model, (theirs, "heedful"), length))
+            cells = line(name, length, theirs, measured(model, (theirs, "heedful"), length, number))
             print(f"| {' | '.join(cells)} |" if arguments.markdown else "  ".join(cells), flush=True)
         del model
         gc.collect()
