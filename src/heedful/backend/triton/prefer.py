@@ -30,9 +30,9 @@ HELD_PAIRS = 1 << 28
 # As much of a bias is held with it, and as a mask: 3 to 25 times as fast in float32, in full and causal attention. In
 # 16 bit 0.2 to 0.4 times as fast without gradients; with the bias's own, 1.3 times where it is full, 0.8 where causal.
 BIAS_PAIRS = 1 << 26
-# cuDNN plans for 28 to 40 ms for each shape that it has not seen, and 85 to 110 with the backward. A length that is no
-# multiple of this is more likely one of many texts' than of a model; forward at such lengths was 0.82 to 1.8 times as
-# fast, 1.0 on average. From this many pairs times head dim on, what 32 layers lose is as much as a plan.
+# cuDNN plans some 30 ms for each shape that it has not seen. A length that is no multiple of this is more likely one of
+# many texts' than of a model; the forward at such lengths was 0.78 to 1.14 times as fast where batches fill the device.
+# From this many pairs times head dim on, 32 layers may lose as much as a plan.
 ROUND_LENGTH, LONG_WORK = 64, 1 << 39
 _FULL = Full().schedule
 _DENSE = _FULL, Causal().schedule, Causal(0).schedule
