@@ -9,6 +9,8 @@ from inputs import all_features, attention_inputs
 import heedful
 from heedful import Causal, Dilated, Full, Longformer, SlidingWindow, choose
 from heedful.backend.native import backend as native_backend
+from heedful.backend.triton import backend as triton_backend
+from heedful.backend.triton import shortcuts
 
 
 @pytest.mark.parametrize("name", ["softcap", "bias", "alibi_slopes", "sinks", None])
@@ -69,6 +71,21 @@ def test_dropout_has_the_bits_of_the_engine(device, monkeypatch, pattern) -> Non
         kept.append(found.weights.cpu() != 0)
     assert torch.equal(*kept)
     assert 0.5 < float(kept[0].sum() / pattern.dense(33, 150).expand_as(kept[0]).sum()) < 0.7
+
+
+@pytest.mark.skipif("native" in choose.UNAVAILABLE, reason="the engine is not built")
+@pytest.mark.parametrize("pattern", [Causal(), SlidingWindow(777, 0)], ids=repr)
+def test_dropout_where_keys_are_cut_into_runs(device, monkeypatch, pattern) -> None:
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    monkeypatch.setattr(native_backend, "draw_seed", lambda where: seed.to(where))
+    monkeypatch.setattr(shortcuts, "draw_seed", lambda where: seed.to(where))
+    monkeypatch.setattr(triton_backend, "draw_seed", lambda where: seed.to(where))
+    q, k, v = attention_inputs(batch=1, heads=2, q_length=3, k_length=1501)
+    outs = [
+        heedful.attention(*(t.to(where) for t in (q, k, v)), pattern=pattern, dropout_p=0.4, backend=backend).cpu()
+        for backend, where in (("triton", device), ("native", "cpu"))
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bias", "softcap", None])
