@@ -20,9 +20,7 @@ from heedful.arguments import (
     slopes_of_rank_4,
 )
 from heedful.backend.base import Backend, Shortcut
-from heedful.backend.native import library
-from heedful.backend.sdpa import kept_masks
-from heedful.choose import BACKENDS, ENGINE, UNAVAILABLE, choose, decide, fastest, reasons
+from heedful.choose import BACKENDS, UNAVAILABLE, choose, decide, fastest, reasons
 from heedful.errors import UnsupportedError
 from heedful.explanation import Explanation
 from heedful.kv_cache import KVCache
@@ -325,11 +323,9 @@ def clear_caches() -> None:
     cached.shortcuts.clear()
     for forget in forgetters:
         forget()
-    for backend in BACKENDS.values():
-        backend.forget()
-    kept_masks.cache_clear()
-    if ENGINE not in UNAVAILABLE:
-        library.clear_caches()
+    for name, backend in BACKENDS.items():
+        if name not in UNAVAILABLE:
+            backend.forget()
 
 
 def _remember(key: Hashable, chosen: Backend, call: Call, spelled_out: bool) -> None:

@@ -69,7 +69,7 @@ class Backend(ABC):
         return None
 
     def forget(self) -> None:
-        """Drop what is kept between calls."""
+        """Free what is kept between calls."""
         return
 
 

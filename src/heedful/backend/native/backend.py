@@ -65,6 +65,9 @@ class NativeBackend(Backend):
             return _attend_differentiably(function.apply, settings, *tensors, query_offset=call.query_offset)
         return _attend(settings, *tensors, call.pages, call.query_offset)
 
+    def forget(self) -> None:
+        library.clear_caches()
+
     def shortcut(self, call: Call) -> Shortcut | None:
         if call.pages is not None or call.query_offset is not None:
             return None

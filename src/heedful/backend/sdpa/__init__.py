@@ -85,6 +85,9 @@ class SdpaBackend(Backend):
             return _plain
         return lambda q, k, v, operands: _sdpa(q, k, v, **options)
 
+    def forget(self) -> None:
+        kept_masks.cache_clear()
+
 
 def lower(problem: Problem) -> Lowering:
     """The cheapest way to say a problem's pattern to SDPA, whose own causal mask is aligned top-left."""
