@@ -20,7 +20,7 @@ from compiled import Offline
 
 from heedful import Causal, Documents, Full, SlidingWindow, choose
 from heedful.backend.triton import gradients, kept, launch, shortcuts
-from heedful.backend.triton.launch import Work
+from heedful.backend.triton.work import Work
 
 assert "native" not in choose.UNAVAILABLE
 stub = ctypes.CDLL(str(Path(sys.argv[1]) / "libcuda.so.1"))
@@ -224,25 +224,9 @@ print("lengths")
 for length in (250, 256):
     q, k, v, out, grad = (torch.randn(1, 2, length, 64).half() for _ in range(5))
     lse = torch.randn(1, 2, length)
+    code = Causal().schedule.encode()
     work = gradients.backward_work(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        (),
-        Causal().schedule.encode(),
-        0.1,
-        None,
-        None,
-        0.0,
-        0.0,
-        None,
-        None,
-        None,
-        False,
-        False,
+        grad, q, k, v, out, lse, (), code, 0.1, None, None, 0.0, 0.0, None, None, None, False, False
     )
     work = with_dependence(work)
     work_inputs = [grad, q, k, v, out, lse]
@@ -276,7 +260,7 @@ def make(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Work:
     return launch.forward_work(query, key, value, (), Full().schedule.encode(), 0.1, False)
 
 
-launch.Work.run = compile_offline
+Work.run = compile_offline
 calls = kept.Kept(0)
 q, k, v = torch.randn(1, 2, 300, 128).half(), torch.randn(1, 1, 200, 128).half(), torch.randn(1, 1, 200, 128).half()
 for _ in range(5):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from heedful import Pattern
-    from heedful.backend.triton.launch import Work
+    from heedful.backend.triton.work import Work
 
 # Other tiles replace the shipped ones where they save so much in both of two measurements.
 GAIN = 1.03
@@ -104,7 +104,7 @@ def measure_tiles(progress: Progress, rows: Sequence[Row] = ROWS) -> dict[str, A
         mean of its calls' ratios to the shipped tiles), and notes, one line for each row.
     """
     from heedful.backend.triton import tuned, tuning
-    from heedful.backend.triton.launch import device_limits, kernels
+    from heedful.backend.triton.work import device_limits, kernels
 
     # What is measured against is what is shipped, here and in the processes that compile.
     os.environ["HEEDFUL_GPU_TUNING"] = "off"
@@ -266,7 +266,7 @@ def _compile_ahead(rows: Sequence[Row]) -> None:
 
 
 def _compile(task: tuple[Row, Numbers]) -> None:
-    from heedful.backend.triton.launch import device_limits
+    from heedful.backend.triton.work import device_limits
 
     row, numbers = task
     small = replace(row, q_length=min(row.q_length, 512), batch=1) if row.kind != "forward" else replace(row, batch=1)

@@ -62,19 +62,9 @@ def _tile(
         biases = keep
         if HAS_BIAS:
             biases = load_bias(
-                bias,
-                bias_rows,
-                bias_stride,
-                y,
-                k_length,
-                keep,
-                bias,
-                (row, row, row, row, row),
-                BLOCK_M,
-                BLOCK_N,
-                False,
-                False,
-            )
+                bias, bias_rows, bias_stride, y, k_length, keep, bias, (row, row, row, row, row), BLOCK_M, BLOCK_N,
+                False, False,
+            )  # fmt: skip
             keep = keep & (biases != float("-inf"))
         distance = tl.abs(place[:, None] - y[None, :]).to(tl.float32)
         scores, _bend = with_features(

@@ -182,15 +182,16 @@ def attention_forward(
     GAPLESS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, FOLD_SCALE: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr,
-    FLAGS: tl.constexpr, BIAS_ROW: tl.constexpr, DEPENDENT: tl.constexpr, RELOAD: tl.constexpr, STAGES: tl.constexpr,
+    NARROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROW_DESCRIPTORS: tl.constexpr, FLAGS: tl.constexpr, BIAS_ROW: tl.constexpr, DEPENDENT: tl.constexpr,
+    RELOAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides of query, key, value and out are in UNIT elements, so that their divisibility is known.
 
-    SPLIT: whether a program has a run of `chunk` keys only: 0 no, 1 runs from the first key on, 2 from the first that
-    some of its queries sees. Then out is float32 and lse to base 2. scale is times log2(e) where FOLD_SCALE (scale > 0
+    SPLIT: a program has a run of `chunk` keys only, from the first key on or, NARROW, from the first that some of its
+    queries sees. Then out is float32 and lse to base 2. scale is times log2(e) where FOLD_SCALE (scale > 0
     and no features) or there are no features. growth is 1 / (1 - dropout_p). DEPENDENT: launched while kernels before
     it run. RELOAD: queries come with each tile of keys. FLAGS: a bias comes by descriptors, and so many flags say
     whether a key or value is no finite number.
@@ -246,7 +247,7 @@ def attention_forward(
     last = FAR
     if SPLIT:
         first = split * chunk
-        if SPLIT == 2:
+        if NARROW:
             lows, highs = row_intervals(
                 CODE, x, operands, numbers, batch, q_length, k_length, key_class, 0, FAR, False, CLASSES
             )

@@ -9,17 +9,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.backend.triton.launch import (
-    A_ROW,
-    FLAGS,
-    IN_NUMBERS,
+from heedful.backend.triton.bias import A_ROW, FLAGS, IN_NUMBERS, bias_descriptor, bias_form, look_for_nonfinite
+from heedful.backend.triton.plan import Plan, attends_to_all, plan
+from heedful.backend.triton.tuning import (
+    Tiles,
+    backward_tiles,
+    biased_tiles,
+    items_together,
+    split_dim,
+    takes_all,
+)
+from heedful.backend.triton.work import (
     INT32,
     LOG2E,
     Features,
     Launch,
     Work,
-    bias_descriptor,
-    bias_form,
     cdiv,
     dependent_launches,
     device_limits,
@@ -27,14 +32,10 @@ from heedful.backend.triton.launch import (
     hidden,
     in_rows,
     in_units,
-    items_together,
     kernels,
-    look_for_nonfinite,
     operand_numbers,
     takes_tf32,
 )
-from heedful.backend.triton.plan import Plan, attends_to_all, plan
-from heedful.backend.triton.tuning import Tiles, backward_tiles, biased_tiles, split_dim, takes_all
 from heedful.patterns.schedule import Schedule
 
 
@@ -231,7 +232,7 @@ def backward_work(
             (*given, grad_query, grad_slopes, *extras,
             *_descriptors(made.query_tiles, made.query_tiles.columns, key, value, made.widths, bias, tiled), flags,
             *units[:5], *features.strides, numbers, *sizes, query_tiles,
-            items_together(made.plan, query_tiles * step, multiprocessors), *scales, *features.numbers),
+            items_together(made.plan.slanted, query_tiles * step, multiprocessors), *scales, *features.numbers),
             made.query_constants, made.query_tiles.warps, made.query_tiles.stages, compiled, ("query", kind),
         ),
         Launch(
@@ -240,7 +241,7 @@ def backward_work(
             *_descriptors(made.key_tiles, made.key_tiles.rows, query, grad_out, made.widths, bias, tiled),
             *_flat_descriptors(made.key_tiles.rows if statistics else 0, *row_statistics), flags, *units[:4],
             *units[5:], *features.strides, numbers, *sizes,
-            key_tiles, items_together(made.plan, key_tiles * step, multiprocessors),
+            key_tiles, items_together(made.plan.slanted, key_tiles * step, multiprocessors),
             row_statistics[0].shape[2], *scales, *features.numbers),
             made.key_constants, made.key_tiles.warps, made.key_tiles.stages, compiled, ("key", kind),
             dependent_launches(arch),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from heedful.backend.native.structures import DTYPES
-from heedful.backend.triton.launch import INT32, Launch, Work
+from heedful.backend.triton.work import INT32, Launch, Work
 
 # As the bridge has them.
 _MAX_DIMS, _MAX_PARAMETERS, _MAX_MAPS, _MAX_TENSORS, _MAX_FORMS = 5, 256, 8, 32, 8

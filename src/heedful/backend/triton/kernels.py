@@ -19,7 +19,7 @@ from heedful.backend.triton.nonfinite import find_nonfinite
 from heedful.backend.triton.query_gradient import query_gradient
 
 if TYPE_CHECKING:
-    from heedful.backend.triton.launch import Launch
+    from heedful.backend.triton.work import Launch
 
 __all__ = [
     "INTERPRETED",

@@ -1,132 +1,43 @@
-"""From tensors to launches: what the forward is compiled for, looked up, and what it is given, put together."""
+"""The forward from tensors to launches: what it is compiled for, looked up, and what it is given, put together."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from heedful.backend.triton.bias import A_ROW, FLAGS, IN_NUMBERS, bias_descriptor, bias_form, look_for_nonfinite
 from heedful.backend.triton.plan import FAR, Plan, attends_to_all, keys_between, plan
 from heedful.backend.triton.tuning import (
     Tiles,
-    architecture,
     biased_tiles,
     forward_tiles,
+    items_together,
     key_runs,
-    overrides,
     split_dim,
     takes_all,
     takes_dense_tiles,
 )
-
-LOG2E = math.log2(math.e)
-# Multiprocessors that a call under Triton's interpreter is cut for.
-_INTERPRETED = 16
-INT32 = 2**31
-# Programs of a multiprocessor.
-_AT_ONCE = 4
-# How keys are cut into runs: not at all, from the first key on, or from the first that a tile of queries sees.
-WHOLE, FROM_FIRST, FROM_TILE = 0, 1, 2
-
-
-@functools.cache
-def kernels() -> Any:
-    from heedful.backend.triton import kernels as loaded
-    from heedful.backend.triton import tuned
-
-    if not loaded.INTERPRETED:
-        overrides.update(tuned.stored_tiles())
-    return loaded
-
-
-@functools.cache
-def device_limits(index: int) -> tuple[int, int]:
-    """Architecture and multiprocessors."""
-    if index < 0:
-        return 90, _INTERPRETED
-    properties = torch.cuda.get_device_properties(index)
-    return architecture((properties.major, properties.minor)), properties.multi_processor_count
-
-
-class Launch(NamedTuple):
-    """A kernel and all that it is launched with."""
-
-    function: Any
-    grid: tuple[int, int]
-    arguments: tuple[Any, ...]
-    constants: tuple[Any, ...]
-    warps: int
-    stages: int
-    compiled: dict[Hashable, Any] | None
-    """Kernels like this one by device and `kind`, which has to tell apart what triton would compile anew for: triton's
-    own look at every argument takes several times as long as a launch. None leaves it to triton."""
-    kind: Hashable
-    dependent: bool = False
-    """The kernel may begin before the ones in front of it have ended, and waits for them itself."""
-
-
-class Work(NamedTuple):
-    """Launches on one device, one after another, and the tensors that they write."""
-
-    device: int
-    results: tuple[Tensor, ...]
-    scratch: tuple[Tensor, ...]
-    launches: tuple[Launch, ...]
-    unread: tuple[Tensor, ...] = ()
-    """Results that the caller has no use for."""
-    lengths: Callable[[], tuple[int, int] | None] = lambda: None
-    """Lengths of keys and values between which all of this is the same but for that number; None where that is not
-    known."""
-
-    def run(self) -> list[Any]:
-        """Launches everything on the device's current stream: the compiled kernels, None under the interpreter."""
-        launch = kernels().launch
-        return [launch(self.device, one) for one in self.launches]
-
-
-class Features(NamedTuple):
-    """What a call does beside attention, as the operators take it; no feature where it is left out."""
-
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
-    query_offset: Tensor | None = None
-
-    @property
-    def present(self) -> tuple[bool, ...]:
-        """Softcap, bias, slopes, dropout, offsets of queries: whether each is there."""
-        bias, alibi_slopes, softcap, dropout_p, _, query_offset = self
-        return bool(softcap), bias is not None, alibi_slopes is not None, dropout_p > 0, query_offset is not None
-
-    @property
-    def plain(self) -> bool:
-        """Whether scores are products alone."""
-        return not self.softcap and self.bias is None and self.alibi_slopes is None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """As the kernels take them."""
-        return self.bias, self.alibi_slopes, self.seed, self.query_offset
-
-    @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Of bias, slopes and offsets; hidden."""
-        return (
-            broadcast_strides(self.bias, 4),
-            broadcast_strides(self.alibi_slopes, 3),
-            broadcast_strides(self.query_offset, 2),
-        )
-
-    @property
-    def numbers(self) -> tuple[float, int, float]:
-        """Softcap, the threshold that dropped words are below, and what the others grow by."""
-        return self.softcap, _threshold(self.dropout_p), 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+from heedful.backend.triton.work import (
+    INT32,
+    LOG2E,
+    Features,
+    Launch,
+    Work,
+    cdiv,
+    dependent_launches,
+    device_limits,
+    dtypes_of,
+    hidden,
+    in_rows,
+    in_units,
+    kernels,
+    operand_numbers,
+    takes_tf32,
+)
 
 
 class Forward(NamedTuple):
@@ -152,7 +63,8 @@ def _forward(
     rows: int,
     pack: int,
     page: int,
-    split: int,
+    split: bool,
+    narrow: bool,
     has: tuple[bool, ...],
     fold: bool,
     unit: int,
@@ -186,17 +98,17 @@ def _forward(
     if dropout and tiles.columns < 64:
         tiles = tiles._replace(columns=64)
     interpreted = kernels().INTERPRETED
-    dependent = split != WHOLE and dependent_launches(arch)
+    dependent = split and dependent_launches(arch)
     descriptors = tiles.descriptors and able
     tiles = tiles._replace(descriptors=descriptors)
     constants = (
         made.code, made.step, made.intervals, made.solid, made.monotone[0],
         made.gapless and (descriptors or not bias), d0, d1, v0, v1,
-        d0 + d1 != head_dim, v0 + v1 != value_dim, tiles.rows, tiles.columns, pack, page, split, softcap, bias, alibi,
-        sinks and not split, dropout, offset, fold, unit, "tf32" if tf32 else "ieee",
+        d0 + d1 != head_dim, v0 + v1 != value_dim, tiles.rows, tiles.columns, pack, page, split, narrow, softcap,
+        bias, alibi, sinks and not split, dropout, offset, fold, unit, "tf32" if tf32 else "ieee",
         interpreted and dtype == torch.bfloat16, descriptors, descriptors and pack == 1 and not split,
         FLAGS if descriptors and bias else 0, descriptors and tiled == A_ROW,
-        dependent, split != WHOLE and descriptors and rows > 0, tiles.stages,
+        dependent, split and descriptors and rows > 0, tiles.stages,
     )  # fmt: skip
     return Forward(made, tiles, pack, constants, (d0, v0), {})
 
@@ -264,18 +176,17 @@ def forward_work(
     tf32 = takes_tf32(query)
     fold = scale > 0 and features.plain
     common = has, fold, unit, tf32, plain, tiled
-    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, WHOLE, *common)
+    made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, False, False, *common)
     step = made.plan.step
     row_tiles = -(-(-(-q_length // step) * pack) // made.tiles.rows)
     grid_heads = heads // pack
     programs = row_tiles * step * batch * grid_heads
     rows_of_all = lse.numel()
-    narrow = keys_between(code, min(q_length, cdiv(made.tiles.rows, pack) + 1)) if step == 1 else FAR
-    splits, chunk = key_runs(programs, multiprocessors, min(cdiv(k_length, step), narrow), rows > 0, rows_of_all)
+    reach = keys_between(code, min(q_length, cdiv(made.tiles.rows, pack) + 1)) if step == 1 else FAR
+    splits, chunk = key_runs(programs, multiprocessors, min(cdiv(k_length, step), reach), rows > 0, rows_of_all)
     target, target_lse, target_strides = out, lse, strides[3]
     scratch: tuple[Tensor, ...] = ()
     if splits > 1:
-        split = FROM_TILE if narrow < k_length else FROM_FIRST
         target = query.new_empty((splits, batch, heads, q_length, value_dim), dtype=torch.float32)
         target_lse = query.new_empty((splits, batch, heads, q_length), dtype=torch.float32)
         scratch = target, target_lse
@@ -283,7 +194,7 @@ def forward_work(
         unit = unit if value_dim % 8 == 0 else 1
         # So that the unit is that of the partial results.
         common = has, fold, unit, tf32, plain, tiled
-        made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, split, *common)
+        made = _forward(code, arch, query.dtype, head_dim, value_dim, rows, pack, page, True, reach < k_length, *common)
     query_tiles = key_tiles = value_tiles = out_tiles = bias_tiles = flags = None
     if made.tiles.descriptors and pack == 1 and splits == 1:
         block = made.tiles.rows
@@ -297,7 +208,7 @@ def forward_work(
             bias_tiles = bias_descriptor(bias, made.tiles, tiled)
             flags = query.new_empty(FLAGS, dtype=torch.int32)
             scratch = *scratch, flags
-    together = items_together(made.plan, row_tiles * step, multiprocessors)
+    together = items_together(made.plan.slanted, row_tiles * step, multiprocessors)
     arguments = (
         query, key, value, target, target_lse, query_tiles, key_tiles, value_tiles, out_tiles, bias_tiles, flags,
         bias, alibi_slopes, sinks, seed, pages, query_offset, tuple(operands),
@@ -334,7 +245,7 @@ def forward_work(
         return work
     return work._replace(
         lengths=functools.partial(
-            _lengths_like, code, q_length, k_length, narrow, (programs, multiprocessors, rows > 0, rows_of_all)
+            _lengths_like, code, q_length, k_length, reach, (programs, multiprocessors, rows > 0, rows_of_all)
         )
     )
 
@@ -352,13 +263,13 @@ _MOST_LENGTHS = 512
 
 
 def _lengths_like(
-    code: tuple[int, ...], q_length: int, k_length: int, narrow: int, cut: tuple[int, int, bool, int]
+    code: tuple[int, ...], q_length: int, k_length: int, reach: int, cut: tuple[int, int, bool, int]
 ) -> tuple[int, int] | None:
     """The lengths around one that keys are cut for in the same way."""
     programs, multiprocessors, few_rows, rows = cut
 
     def runs(length: int) -> tuple[object, ...]:
-        return narrow < length, key_runs(programs, multiprocessors, min(length, narrow), few_rows, rows)
+        return reach < length, key_runs(programs, multiprocessors, min(length, reach), few_rows, rows)
 
     low = high = k_length
     while low > 1 and k_length - low < _MOST_LENGTHS and runs(low - 1) == runs(k_length):
@@ -367,126 +278,3 @@ def _lengths_like(
         high += 1
     alike = {attends_to_all(code, q_length, length) for length in (low, k_length, high)}
     return (low, high) if len(alike) == 1 else None
-
-
-def dependent_launches(arch: int) -> bool:
-    """Whether a kernel may begin while the one before it ends, and wait inside."""
-    return arch >= 90 and not kernels().INTERPRETED
-
-
-def items_together(made: Plan, tiles: int, multiprocessors: int) -> int:
-    """How many of the last items take turns: as many as programs can run at once, where some have more to do."""
-    return max(1, _AT_ONCE * multiprocessors // tiles) if made.one_sided and not made.dense else 1
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def dtypes_of(*tensors: Tensor | None) -> Hashable:
-    """None where there is no tensor."""
-    for tensor in tensors:
-        if tensor is not None:
-            return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
-    return None
-
-
-def in_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
-
-
-def hidden(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Integers as the kernels take them inside tuples, where triton would compile anew for 1 and multiples of 16."""
-    return tuple([2 * number + 3 for number in numbers])
-
-
-def in_units(strides: Sequence[int], unit: int) -> tuple[int, ...]:
-    """The first three of four strides, hidden."""
-    return 2 * (strides[0] // unit) + 3, 2 * (strides[1] // unit) + 3, 2 * (strides[2] // unit) + 3
-
-
-_NO_STRIDES = {4: (3, 3, 3, 3), 3: (3, 3, 3), 2: (3, 3)}
-
-
-def broadcast_strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """Strides of the first axes, 0 where there is one element or no such axis; hidden."""
-    if tensor is None:
-        return _NO_STRIDES[count]
-    found = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return hidden(found + [0] * (count - len(found)))
-
-
-# How a bias comes: number by number, as a tile of queries and keys by a descriptor, or as a row for all queries.
-IN_NUMBERS, IN_TILES, A_ROW = 0, 1, 2
-
-
-def bias_form(bias: Tensor, k_length: int) -> int:
-    """The best of these; descriptors take rows in multiples of 16 bytes."""
-    size, strides = bias.element_size(), bias.stride()
-    if bias.shape[3] != k_length or size not in (2, 4):
-        return IN_NUMBERS
-    if bias.shape[2] == 1 or strides[2] == 0:
-        return A_ROW
-    return IN_TILES if strides[3] == 1 and not any(stride * size % 16 for stride in strides[:3]) else IN_NUMBERS
-
-
-# Of one launch of `look_for_nonfinite`, and rows of a tile.
-FLAGS, FLAG_ROWS = 256, 64
-
-
-def look_for_nonfinite(
-    first: Tensor, second: Tensor, flags: Tensor, place: int, unit: int, compiled: dict[Hashable, Any]
-) -> Launch:
-    """Sets FLAGS flags from `place` on, for two tensors (B, H, L, D or Dv)."""
-    batch, heads, length, width = first.shape
-    tiles = cdiv(length, FLAG_ROWS)
-    columns = [max(16, 1 << (tensor.shape[3] - 1).bit_length()) for tensor in (first, second)]
-    return Launch(
-        kernels().find_nonfinite, (FLAGS, 1),
-        (first, second, flags, in_units(first.stride(), unit), in_units(second.stride(), unit), heads, length, width,
-        second.shape[3], tiles, tiles * batch * heads, place),
-        (FLAG_ROWS, *columns, unit), 4, 1, compiled, "flags",
-    )  # fmt: skip
-
-
-def bias_descriptor(bias: Tensor, tiles: Tiles, form: int) -> Any:
-    """Of a bias that comes in tiles, otherwise None; an axis that repeats is one element long."""
-    if form != IN_TILES:
-        return None
-    sizes, strides = list(bias.shape), list(bias.stride())
-    for axis in (0, 1):
-        if strides[axis] == 0 or sizes[axis] == 1:
-            sizes[axis], strides[axis] = 1, strides[2]
-    return kernels().TensorDescriptor(bias, sizes, strides, [1, 1, tiles.rows, tiles.columns])
-
-
-def operand_numbers(operands: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], ...], bool, bool]:
-    """What the kernels know of each operand, hidden; whether one differs between heads; whether all of it is usual.
-
-    Of a vector the stride between batch items (0 where it has one element), that between elements, how many documents
-    it makes and the steps of a search among them; of a map or mask the strides of its four axes.
-    """
-    numbers = []
-    per_head = False
-    usual = True
-    for operand in operands:
-        if operand.ndim == 4:
-            strides = broadcast_strides(operand, 4)
-            numbers.append(strides)
-            per_head |= operand.shape[1] > 1
-            usual &= max(strides) < INT32
-        else:
-            count, stride = operand.shape[0], operand.stride(0)
-            numbers.append(hidden((0 if count == 1 else stride, stride, count - 1, max(count - 1, 0).bit_length())))
-        usual &= not operand.data_ptr() & 15
-    return tuple(numbers), per_head, usual
-
-
-def takes_tf32(query: Tensor) -> bool:
-    """Whether products of float32 may be rounded to tf32: where the caller has asked torch for that."""
-    return query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-
-
-def _threshold(dropout_p: float) -> int:
-    """dropout_p·2^32, less 2^31: words with their top bit flipped are compared as signed."""
-    return int(dropout_p * 2**32) - INT32

@@ -65,6 +65,11 @@ class Plan(NamedTuple):
     one_sided: bool
     """Rows' intervals are bounded on one side at most, as full and causal attention's are."""
 
+    @property
+    def slanted(self) -> bool:
+        """Whether a row has the more pairs the further it is from one end, as causal attention's."""
+        return self.one_sided and not self.dense
+
 
 @functools.lru_cache(maxsize=4096)
 def plan(code: tuple[int, ...], in_classes: bool = True) -> Plan:

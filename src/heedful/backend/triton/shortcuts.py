@@ -14,7 +14,8 @@ from heedful.backend.native.backend import slopes_of
 from heedful.backend.native.gradient import Plan, apply_plain_eagerly
 from heedful.backend.triton.gradients import backward_work
 from heedful.backend.triton.kept import Kept
-from heedful.backend.triton.launch import Work, forward_work
+from heedful.backend.triton.launch import forward_work
+from heedful.backend.triton.work import Work
 from heedful.dropout import draw_seed
 from heedful.problem import Attention, Call, Problem
 

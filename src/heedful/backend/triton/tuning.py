@@ -147,6 +147,15 @@ def key_runs(programs: int, multiprocessors: int, keys: int, few_rows: bool, row
     return count, run
 
 
+# Programs that a multiprocessor runs at once, or nearly.
+_AT_ONCE = 4
+
+
+def items_together(slanted: bool, tiles: int, multiprocessors: int) -> int:
+    """How many of the last items take turns, where some of an item's tiles have more to do: as many as run at once."""
+    return max(1, _AT_ONCE * multiprocessors // tiles) if slanted else 1
+
+
 # Of the two kernels of the backward: tiles of queries x keys.
 _QUERY_GRADIENT = {
     80: {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
